@@ -1,0 +1,53 @@
+"""The digest of a model: one SHA-256 over everything that decides what it says.
+
+It is taken over what is *loaded*: a bfloat16 checkpoint loaded as float32 is another model (its
+logits differ) and has another digest than the same checkpoint loaded as it is stored. How the
+tensors lie in files (shards, order) does not enter, nor do notes in config.json that change
+nothing (who wrote it, with which version, which remote code goes with it).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from torch import Tensor
+
+from vicugna.checkpoint.weights import raw_bytes
+from vicugna.files import digest_of
+from vicugna.tokenizer import Tokenizer
+
+# Tensors' own dtypes are hashed with them; token ids stand in the tokenizer and generation config.
+NOTES = frozenset({"architectures", "auto_map", "dtype", "torch_dtype", "transformers_version",
+                   "_name_or_path", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache"})
+
+
+def digest(state: Mapping[str, Tensor], config: Mapping[str, Any], tokenizer: Tokenizer | None,
+           generation_config: Mapping[str, Any]) -> str:
+    """SHA-256 (hex) of a model.
+
+    `state` is a network's state_dict() (a tied lm_head counts once), `config` its
+    config.to_dict(). Tensors are hashed in place (>= 1 GB/s), on as many threads as there are
+    cores, then their hashes are hashed in the order of their names.
+    """
+    stored = {name: state[name] for name in sorted(state) if not is_tied(name, config)}
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        hashes = list(threads.map(lambda tensor: hashlib.sha256(raw_bytes(tensor)).hexdigest(),
+                                  stored.values()))
+    return digest_of({
+        "tensors": [[name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape), sha]
+                    for (name, tensor), sha in zip(stored.items(), hashes, strict=True)],
+        "config": {key: value for key, value in config.items() if key not in NOTES},
+        "tokenizer": tokenizer.digest if tokenizer else None,
+        "generation_config": {key: value for key, value in generation_config.items()
+                              if key not in ("transformers_version", "_from_model_config")},
+        "quantisation": None,
+    })
+
+
+def is_tied(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether tensor `name` is only another name of the embeddings: not hashed, not written."""
+    return name == "lm_head.weight" and bool(config.get("tie_word_embeddings"))

@@ -1,0 +1,115 @@
+"""Rows of procedural items: questions with worked solutions, made on the spot, never repeated."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from functools import cached_property
+from random import Random
+
+import numpy as np
+
+from vicugna import files, tasks
+from vicugna.data.packing import Row, pack
+from vicugna.data.sources import TASK, Amount, SourceSpec
+from vicugna.errors import VicugnaError
+from vicugna.tokenizer import Tokenizer
+
+_TRIES = 32
+_INDICES = 1 << 40  # of the training split
+
+
+def _draw(rng: Random, amount: Amount) -> float:
+    if not isinstance(amount, list):
+        return amount
+    low, high = amount
+    whole = isinstance(low, int) and isinstance(high, int)
+    return rng.randint(int(low), int(high)) if whole else rng.uniform(low, high)
+
+
+def draw_item(spec: SourceSpec, seed: int, k: int, j: int, length: int | None = None) -> tasks.Item:
+    """Item j of row k, of the training split; its context has `length` characters if given."""
+    name = f"{seed}/{spec.source}/{spec.difficulty}/{k}/{j}"
+    rng = Random(name)
+    drawn = {key: _draw(rng, amount) for key, amount in spec.difficulty.items()}
+    tokens = drawn.pop("length_tokens", None)
+    difficulty = tasks.Difficulty(**drawn)  # type: ignore[arg-type]
+    if tokens is not None:
+        difficulty = replace(difficulty, length=int(3 * tokens) if length is None else length)
+    index = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % _INDICES
+    return tasks.get(spec.source.removeprefix(TASK)).item(tasks.split_seed("train", index),
+                                                          difficulty)
+
+
+def as_text(item: tasks.Item) -> str:
+    """An item as a plain document: question, worked steps, answer."""
+    asked = [message["content"] for message in item.messages]
+    worked = [item.solution["reasoning"]] if item.solution.get("reasoning") else []
+    return "\n".join([*asked, *worked, item.solution["content"]])
+
+
+class TaskRows:
+    """Row k holds items (k, 0), (k, 1), ... of the training split, until the next does not fit."""
+
+    def __init__(self, spec: SourceSpec, tokenizer: Tokenizer, seq_len: int, seed: int) -> None:
+        self._spec, self._tokenizer, self._length, self._seed = spec, tokenizer, seq_len + 1, seed
+        self.digest = files.digest_of([spec.model_dump(exclude={"weight"}), tokenizer.digest])
+        least = spec.difficulty.get("length_tokens", 0)
+        self._least = least[0] if isinstance(least, list) else least
+        if self._least > self._length:
+            raise VicugnaError(f"length_tokens is {self._least} but a row holds {self._length}",
+                               spec.source, "Make the sequence longer or length_tokens smaller")
+
+    def row(self, k: int) -> Row:
+        parts: list[tuple[np.ndarray, np.ndarray]] = []
+        room, j = self._length, 0
+        while room > 0:
+            part = self._fitted(k, j, room)
+            j += 1
+            if part is not None:
+                parts.append(part)
+                room -= len(part[0])
+            elif parts:
+                break
+            elif j == _TRIES:
+                raise VicugnaError(f"{_TRIES} items in a row are longer than {self._length} tokens",
+                                   self._spec.source, "Make the sequence longer or items easier")
+        return pack(parts, self._length, self._tokenizer.pad_id)
+
+    def _fitted(self, k: int, j: int, room: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """Item (k, j) as tokens and loss mask, or None when it takes more than `room`."""
+        wanted = self._spec.difficulty.get("length_tokens")
+        if wanted is None:
+            part = self._made(k, j)
+            return part if len(part[0]) <= room else None
+        if room < self._least:
+            return None
+        target = min(_draw(Random(f"{self._seed}/{k}/{j}"), wanted), room)
+        slope, fixed = self._characters
+        length = max(0, int((target - fixed) * slope))
+        for _ in range(4):
+            part = self._made(k, j, length)
+            if len(part[0]) <= room:
+                return part
+            if length == 0:
+                break
+            length = max(0, int(length - (len(part[0]) - target + 4) * slope))
+        return None
+
+    @cached_property
+    def _characters(self) -> tuple[float, float]:
+        """(characters per token of context, tokens of an item beside it), by trying a few."""
+        short, long = 500, max(1000, 3 * self._length)
+        tokens = [sum(len(self._made(-1, j, n)[0]) for j in range(4)) / 4 for n in (short, long)]
+        slope = (long - short) / max(1.0, tokens[1] - tokens[0])
+        return slope, max(0.0, tokens[0] - short / slope)
+
+    def _made(self, k: int, j: int, length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        item = draw_item(self._spec, self._seed, k, j, length)
+        if self._spec.form == "text":
+            ids = self._tokenizer.encode(as_text(item))
+            ids = [self._tokenizer.bos_id, *ids, self._tokenizer.eos_ids[0]]
+            return np.asarray(ids, np.int32), np.ones(len(ids), np.bool_)
+        chat = [*item.messages, item.solution]
+        ids, mask = self._tokenizer.chat_training(chat)
+        return np.asarray(ids, np.int32), np.asarray(mask, np.bool_)

@@ -1,0 +1,182 @@
+"""How the next token is chosen from the network's logits, for a whole batch at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Integral
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vicugna.errors import VicugnaError
+
+_DRAWS = 64  # uniform numbers made at a time, a row
+_PREFIX = 128  # most likely tokens looked at before a whole vocabulary is sorted
+TopLogprobs = list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to continue one prompt.
+
+    `temperature` 0 takes the most likely token. Otherwise logits are divided by it, then `top_k`
+    (0: off), `top_p` over what is left, and `min_p` (share of the most likely token's
+    probability) filter in this order, as in transformers. `stop` strings end the text before
+    themselves. `seed` (>= 0) makes the row's own random stream. `top_logprobs` most likely tokens
+    are reported at each step. Raises VicugnaError for values outside their range.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+    top_logprobs: int = 0
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        object.__setattr__(self, "stop", stop)
+        for name, good, rule in (
+            ("max_new_tokens", _whole(self.max_new_tokens, 1), "a whole number, at least 1"),
+            ("temperature", 0 <= self.temperature < math.inf, "0 or a positive number"),
+            ("top_k", _whole(self.top_k, 0), "a whole number, at least 0 (off)"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
+            ("stop", all(isinstance(s, str) and s for s in stop), "strings that are not empty"),
+            ("seed", _whole(self.seed, 0), "a whole number, at least 0"),
+            ("top_logprobs", _whole(self.top_logprobs, 0), "a whole number, at least 0"),
+        ):
+            if not good:
+                raise VicugnaError(f"{name} is {getattr(self, name)!r}", "sampling",
+                                   f"It must be {rule}")
+
+
+def _whole(value: object, least: int) -> bool:
+    return isinstance(value, Integral) and int(value) >= least
+
+
+class Sampler:
+    """Chooses tokens for the rows of a batch; row b follows `samplings[b]`.
+
+    Row b draws one uniform number a step from a Philox stream made of its seed and `copies[b]`
+    only, so its tokens do not depend on its batch-mates.
+    """
+
+    def __init__(self, samplings: Sequence[Sampling], copies: Sequence[int],
+                 device: torch.device) -> None:
+        self._device = device
+        self._step = 0
+        self._samplings = list(samplings)
+        self._streams = [
+            np.random.Generator(np.random.Philox(np.random.SeedSequence(s.seed, spawn_key=(c,))))
+            if s.temperature > 0 else None for s, c in zip(samplings, copies, strict=True)]
+        self._uniform_BN = torch.zeros(len(samplings), _DRAWS, dtype=torch.float64)
+        self._arrange()
+
+    def keep(self, rows: list[int]) -> None:
+        """Go on with these rows of the batch only."""
+        self._samplings = [self._samplings[row] for row in rows]
+        self._streams = [self._streams[row] for row in rows]
+        self._uniform_BN = self._uniform_BN[rows]
+        self._arrange()
+
+    def _arrange(self) -> None:
+        """Group the rows by the work they need."""
+        kinds = ["greedy" if s.temperature == 0 else
+                 "filtered" if s.top_k > 0 or s.top_p < 1 or s.min_p > 0 else "plain"
+                 for s in self._samplings]
+        self._groups: dict[str, Tensor | slice] = {}
+        for kind in set(kinds):
+            rows = [b for b, other in enumerate(kinds) if other == kind]
+            self._groups[kind] = (slice(None) if len(rows) == len(kinds) else
+                                  torch.tensor(rows, device=self._device))
+        # A temperature below float32's range would divide 0 by 0.
+        self._settings_B4 = torch.tensor(
+            [(max(s.temperature, 1e-30), min(s.top_k, 2**31), s.top_p, s.min_p)
+             for s in self._samplings], dtype=torch.float64, device=self._device)
+        self._top = max(s.top_logprobs for s in self._samplings)
+
+    def choose(self, logits_BV: Tensor) -> tuple[list[int], list[float], list[TopLogprobs]]:
+        """The next token of every row, its log-probability, and the most likely ones with theirs;
+        log-probabilities are the network's own, float32. VicugnaError for NaN or infinity."""
+        logits_BV = logits_BV.float()
+        best = logits_BV.max(dim=-1, keepdim=True)
+        if not bool(best.values.isfinite().all()):
+            raise VicugnaError("the network's output is not finite", "generation",
+                               "Its weights are damaged, or training diverged")
+        uniform_B1 = self._draw()
+        tokens_B1 = best.indices.clone()
+        for kind, rows in self._groups.items():
+            if kind == "greedy":
+                continue
+            temperature_R1, k_R1, p_R1, min_R1 = self._settings_B4[rows].split(1, dim=1)
+            # Subtracting the largest keeps small temperatures from overflowing.
+            score_RV = (logits_BV[rows] - best.values[rows]).div_(temperature_R1.float())
+            probs_RV = torch.softmax(score_RV, dim=-1)
+            if kind == "plain":
+                tokens_B1[rows] = invert(probs_RV, uniform_B1[rows])
+            else:
+                kept_RN, order_RN = truncate(probs_RV, k_R1, p_R1, min_R1)
+                tokens_B1[rows] = order_RN.gather(1, invert(kept_RN, uniform_B1[rows]))
+        logprobs_BV = torch.log_softmax(logits_BV, dim=-1)
+        return (tokens_B1[:, 0].tolist(), logprobs_BV.gather(1, tokens_B1)[:, 0].tolist(),
+                self._alternatives(logprobs_BV))
+
+    def _draw(self) -> Tensor:
+        """This step's uniform number of every row, float64 [B, 1]."""
+        column = self._step % _DRAWS
+        self._step += 1
+        if column == 0 and any(self._streams):
+            drawn = np.stack([stream.random(_DRAWS) if stream else np.zeros(_DRAWS)
+                              for stream in self._streams])
+            self._uniform_BN = torch.from_numpy(drawn).to(self._device)
+        return self._uniform_BN[:, column : column + 1]
+
+    def _alternatives(self, logprobs_BV: Tensor) -> list[TopLogprobs]:
+        if not self._top:
+            return [[] for _ in self._samplings]
+        values, tokens = logprobs_BV.topk(min(self._top, logprobs_BV.shape[1]), dim=-1)
+        return [list(zip(t[: s.top_logprobs], v[: s.top_logprobs], strict=True))
+                for t, v, s in zip(tokens.tolist(), values.tolist(), self._samplings, strict=True)]
+
+
+def invert(weights_RN: Tensor, uniform_R1: Tensor) -> Tensor:
+    """The index at which the cumulative share of `weights_RN` passes `uniform_R1`, int64 [R, 1].
+
+    Never an index of weight 0. Sums are float64.
+    """
+    cumulative_RN = weights_RN.cumsum(dim=-1, dtype=torch.float64)
+    threshold_R1 = uniform_R1 * cumulative_RN[:, -1:]
+    return torch.searchsorted(cumulative_RN, threshold_R1, right=True)
+
+
+def truncate(probs_RV: Tensor, k_R1: Tensor, p_R1: Tensor, min_R1: Tensor
+             ) -> tuple[Tensor, Tensor]:
+    """Probabilities that survive top-k, top-p and min-p, most likely first, and their tokens.
+
+    Returns float64 [R, N] (0 where cut) and int64 [R, N]. What survives is always a prefix of the
+    order, so N grows from a short prefix to V only while some row keeps all of it.
+    """
+    V = probs_RV.shape[1]
+    N = min(V, max(_PREFIX, int(k_R1.max()) + 1))
+    while True:
+        top_RN, order_RN = (probs_RV.topk(N, dim=-1) if N < V else
+                            probs_RV.sort(dim=-1, descending=True, stable=True))
+        top_RN = top_RN.double()
+        rank_N = torch.arange(N, device=probs_RV.device)
+        within_k_RN = (rank_N < k_R1) | (k_R1 == 0)
+        sums_RN = (top_RN * within_k_RN).cumsum(dim=-1)
+        # Without top-k the whole mass is 1; it need not lie inside the prefix.
+        mass_R1 = torch.where(k_R1 == 0, 1.0, sums_RN[:, -1:])
+        before_RN = F.pad(sums_RN[:, :-1], (1, 0))
+        keep_RN = within_k_RN & ((before_RN < p_R1 * mass_R1) | (p_R1 == 1))
+        keep_RN &= top_RN >= min_R1 * top_RN[:, :1]
+        if N == V or not bool(keep_RN[:, -1].any()):
+            return top_RN * keep_RN, order_RN
+        N = min(V, 8 * N)

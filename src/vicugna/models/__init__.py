@@ -1,0 +1,63 @@
+"""The networks, one file per architecture, each named after its Hugging Face `model_type`."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from vicugna.errors import VicugnaError
+from vicugna.models import llama, vicugna
+
+ARCHITECTURES: dict[str, ModuleType] = {"llama": llama, "vicugna": vicugna}
+
+
+def architecture(model_type: str | None) -> ModuleType:
+    """The module that defines `model_type`; VicugnaError naming the nearest known one."""
+    if model_type is None:
+        raise VicugnaError("missing model_type", "config.json",
+                           f"Known: {', '.join(ARCHITECTURES)}")
+    if model_type not in ARCHITECTURES:
+        near = difflib.get_close_matches(str(model_type), ARCHITECTURES, 1)
+        hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(ARCHITECTURES)}"
+        raise VicugnaError(f"unknown model_type {model_type!r}", "config.json", hint)
+    return ARCHITECTURES[model_type]
+
+
+def build(config: Mapping[str, Any]) -> nn.Module:
+    """A network of the architecture that config.json's `model_type` names, weights not set.
+
+    Raises VicugnaError for an unknown architecture, missing keys or impossible shapes.
+    """
+    module = architecture(config.get("model_type"))
+    return module.Network(module.Config.from_dict(config))
+
+
+def initialise(network: nn.Module, seed: int) -> None:
+    """Fill every parameter from `seed`, the same bytes on every machine.
+
+    Matrices: normal with `initializer_range`; those that write into the residual stream divided
+    by sqrt(2 * layers) (GPT-2's rule). Norms: one. Biases and convolutions: zero. SSMax's scale:
+    0.5 (see docs/log.md).
+    """
+    config: Any = network.config
+    generator = torch.Generator().manual_seed(seed)
+    residual = 1 / math.sqrt(2 * config.num_hidden_layers)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            owner, kind = name.split(".")[-2:]
+            if kind == "log_scale":
+                parameter.fill_(0.5)
+            elif owner.endswith("norm"):
+                parameter.fill_(1.0)
+            elif kind == "bias" or owner == "conv":
+                parameter.zero_()
+            else:
+                share = residual if "o_proj" in name or "down_proj" in name else 1.0
+                drawn = torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(drawn * (config.initializer_range * share))

@@ -1,0 +1,121 @@
+"""Scaled dot-product attention, and the contract by which a network meets memory.
+
+A network never holds keys or values itself: it is given `attend`, and calls it once per layer.
+Training passes `Dense` from this file; the engine passes one over its cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Span:
+    """What a layer may see: every earlier position, or only the last `window`, itself included."""
+
+    window: int | None = None
+
+
+class Attend(Protocol):
+    """The one place where attention meets memory."""
+
+    def __call__(self, layer: int, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor,
+                 span: Span) -> Tensor:
+        """Causal attention of T new queries over remembered and new keys: [B, T, H, K].
+
+        H is a multiple of G; scores are scaled by 1/sqrt(K) here and by nothing else.
+        """
+        ...
+
+    def before(self, layer: int, x_BTD: Tensor, n: int) -> Tensor:
+        """The n rows of `x` that `layer` saw just before these: [B, n, D], zeros at the start."""
+        ...
+
+
+class Dense:
+    """Attention over exactly the tokens of one call: training, and the reference for caches.
+
+    `positions_BT` marks documents packed in a row: a document begins where positions restart at
+    0, and no token sees another document. None means one document a row.
+    """
+
+    def __init__(self, positions_BT: Tensor | None = None) -> None:
+        self.first_BT: Tensor | None = None  # index of the first token of each token's document
+        if positions_BT is not None:
+            index_T = torch.arange(positions_BT.shape[1], device=positions_BT.device)
+            first_BT = index_T - positions_BT
+            if bool(first_BT.any()):
+                self.first_BT = first_BT
+        self._masks: dict[tuple[str, int | None, torch.dtype], Tensor] = {}
+
+    def before(self, layer: int, x_BTD: Tensor, n: int) -> Tensor:
+        return x_BTD.new_zeros(x_BTD.shape[0], n, x_BTD.shape[2])
+
+    def __call__(self, layer: int, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor,
+                 span: Span) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTGK, v_BTGK))
+        T, window = q.shape[2], span.window
+        if window is not None and 2 * window < T:
+            return self._banded(q, k, v, window).transpose(1, 2)
+        if window is not None and window >= T:
+            window = None
+        grouped = q.shape[1] != k.shape[1]
+        if window is None and self.first_BT is None:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, self._mask(T, window, q),
+                                                 enable_gqa=grouped)
+        return out.transpose(1, 2)
+
+    def _mask(self, T: int, window: int | None, like: Tensor) -> Tensor:
+        """Additive mask [B or 1, 1, T, S]: 0 where a key is visible, -inf elsewhere."""
+        key = ("full", window, like.dtype)
+        if key not in self._masks:
+            query_T1 = torch.arange(T, device=like.device)[:, None]
+            key_S = torch.arange(T, device=like.device)
+            visible = (key_S <= query_T1)[None]
+            if window is not None:
+                visible = visible & (key_S > query_T1 - window)
+            if self.first_BT is not None:
+                visible = visible & (key_S >= self.first_BT[:, :, None])
+            self._masks[key] = _additive(visible, like.dtype)[:, None]
+        return self._masks[key]
+
+    def _banded(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, W: int) -> Tensor:
+        """Sliding window in blocks: queries of a block meet the keys of it and of the one before.
+
+        Costs T * 2W instead of T * T, and is the same sum.
+        """
+        B, H, T, K = q_BHTK.shape
+        G, n = k_BGTK.shape[1], -(-T // W)
+        spare = n * W - T
+        q = F.pad(q_BHTK, (0, 0, 0, spare)).reshape(B, G, H // G, n, W, K)
+        k, v = (F.pad(x, (0, 0, W, spare)).reshape(B, G, 1, n + 1, W, K) for x in (k_BGTK, v_BGTK))
+        k, v = (torch.cat([x[:, :, :, :-1], x[:, :, :, 1:]], dim=4) for x in (k, v))
+        scores = (q * K**-0.5) @ k.transpose(-1, -2) + self._band_mask(T, W, q)
+        out = scores.softmax(-1) @ v
+        return out.reshape(B, H, n * W, K)[:, :, :T]
+
+    def _band_mask(self, T: int, W: int, like: Tensor) -> Tensor:
+        """Additive mask [B or 1, 1, 1, n, W, 2W] of `_banded`."""
+        key = ("band", W, like.dtype)
+        if key not in self._masks:
+            n = -(-T // W)
+            query = torch.arange(n * W, device=like.device).reshape(n, W, 1)
+            keys = query[:, :1] - W + torch.arange(2 * W, device=like.device)
+            visible = ((keys <= query) & (keys > query - W) & (keys >= 0))[None]
+            if self.first_BT is not None:
+                first = F.pad(self.first_BT, (0, n * W - T)).reshape(-1, n, W, 1)
+                visible = visible & (keys >= first)
+            self._masks[key] = _additive(visible, like.dtype)[:, None, None]
+        return self._masks[key]
+
+
+def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(
+        ~visible, float("-inf"))

@@ -1,0 +1,217 @@
+"""Every attempt ever made in a workspace: one append-only SQLite file of hash-chained rows.
+
+A row is `{"seq", "previous", "content", "hash"}`; its hash covers the other three, and `previous`
+is the hash of the row before. `content` holds the event ("open", "resume" or "close"), the
+attempt's id, the time and what was said of it. Triggers forbid change and deletion, so a slip is
+stopped at once, and whoever works around them is found by check().
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from vicugna.errors import VicugnaError
+from vicugna.files import canonical, digest_of, storage_error
+
+OUTCOMES = ("done", "failed", "refused", "interrupted")
+FIRST = "0" * 64
+VERSION = 1
+ALL = "SELECT seq, previous, content, hash FROM rows ORDER BY seq"
+SCHEMA = """
+CREATE TABLE rows (seq INTEGER PRIMARY KEY AUTOINCREMENT, previous TEXT NOT NULL,
+                   content TEXT NOT NULL, hash TEXT NOT NULL);
+CREATE TRIGGER no_update BEFORE UPDATE ON rows BEGIN SELECT RAISE(ABORT, 'append only'); END;
+CREATE TRIGGER no_delete BEFORE DELETE ON rows BEGIN SELECT RAISE(ABORT, 'append only'); END;
+"""
+
+
+@dataclass
+class Attempt:
+    """One attempt as its rows tell it. `outcome` is "open" while it runs or after it was killed,
+    then one of OUTCOMES; `cost` (flops, device_seconds, tokens, peak_memory_bytes) covers the
+    whole attempt; `result["digest"]` is the digest of what it made; times are ISO 8601, UTC."""
+
+    id: str
+    kind: str
+    purpose: str
+    recipe_digest: str
+    code_version: str
+    data_digest: str
+    parents: list[str]
+    folder: str
+    opened: str
+    resumed: int = 0
+    outcome: str = "open"
+    closed: str = ""
+    cost: dict[str, Any] = field(default_factory=dict)
+    result: dict[str, Any] = field(default_factory=dict)
+
+
+class Ledger:
+    """The ledger at `path`, made if it is missing. Raises VicugnaError if it is something else.
+
+    Holds no connection between calls; any number of processes may write at once.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise storage_error(error, self.path) from error
+        with self._transaction() as db:
+            (version,) = db.execute("PRAGMA user_version").fetchone()
+            tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master")}
+            if not version and not tables:
+                for statement in SCHEMA.strip().split(";\n"):
+                    db.execute(statement)
+                db.execute(f"PRAGMA user_version = {VERSION}")
+            elif version != VERSION or "rows" not in tables:
+                raise VicugnaError("not a ledger of this version", str(self.path),
+                                   "Choose another file, or the version that wrote it")
+
+    def open(self, kind: str, purpose: str, recipe_digest: str, code_version: str,
+             data_digest: str, parents: Sequence[str] = (), folder: str = "") -> str:
+        """Enter an attempt before its first step and give its id.
+
+        If the last attempt with this kind, recipe, data, parents and folder was killed or
+        interrupted, this goes on with that one.
+        """
+        said = {"kind": kind, "purpose": purpose, "recipe_digest": recipe_digest,
+                "code_version": code_version, "data_digest": data_digest,
+                "parents": list(parents), "folder": folder}
+        same = ("kind", "recipe_digest", "data_digest", "parents", "folder")
+        with self._transaction() as db:
+            alike = [attempt for attempt in attempts_in(_rows(db))
+                     if all(getattr(attempt, key) == said[key] for key in same)]
+            if alike and alike[-1].outcome in ("open", "interrupted"):
+                return _append(db, "resume", alike[-1].id, {"code_version": code_version})
+            return _append(db, "open", "", said)
+
+    def close(self, attempt: str, outcome: str, cost: Mapping[str, Any],
+              result: Mapping[str, Any]) -> None:
+        """End an attempt; VicugnaError if it is unknown or has already ended."""
+        if outcome not in OUTCOMES:
+            raise VicugnaError(f"no outcome {outcome!r}", "ledger", f"Use {', '.join(OUTCOMES)}")
+        with self._transaction() as db:
+            known = {one.id: one for one in attempts_in(_rows(db))}
+            if attempt not in known or known[attempt].outcome != "open":
+                raise VicugnaError(f"attempt {attempt} is not open", str(self.path),
+                                   "Open it before closing it")
+            _append(db, "close", attempt,
+                    {"outcome": outcome, "cost": dict(cost), "result": dict(result)})
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Every row, oldest first."""
+        with self._transaction("DEFERRED") as db:
+            return _rows(db)
+
+    def attempts(self) -> list[Attempt]:
+        """Every attempt, oldest first; `parents` tells its lineage."""
+        return attempts_in(self.rows())
+
+    def check(self) -> str | None:
+        """Walk the chain: what is wrong with the first broken row, or None."""
+        with self._transaction("DEFERRED") as db:
+            guards = {name for (name,) in db.execute("SELECT name FROM sqlite_master "
+                                                     "WHERE type = 'trigger'")}
+            newest = db.execute("SELECT seq FROM sqlite_sequence").fetchone() or (0,)
+            stored = db.execute(ALL).fetchall()
+        previous = FIRST
+        for seq, row in enumerate(map(_row, stored), start=1):
+            if row["seq"] != seq or row["previous"] != previous or not intact(row):
+                return f"row {seq}: it or the row before it was changed or removed"
+            previous = row["hash"]
+        if newest[0] != len(stored):
+            return f"row {len(stored) + 1}: it was removed"
+        return None if guards >= {"no_update", "no_delete"} else "its triggers were removed"
+
+    @contextmanager
+    def _transaction(self, kind: str = "IMMEDIATE") -> Iterator[sqlite3.Connection]:
+        try:
+            with closing(sqlite3.connect(self.path, 60, isolation_level=None)) as db:
+                db.execute("PRAGMA busy_timeout = 60000")
+                db.execute("PRAGMA journal_mode = WAL")
+                db.execute("PRAGMA synchronous = FULL")
+                db.execute(f"BEGIN {kind}")
+                yield db  # an exception closes the connection, which rolls back
+                db.execute("COMMIT")
+        except sqlite3.OperationalError as error:
+            raise VicugnaError(f"cannot be used: {error}", str(self.path),
+                               "Check the disk, the permissions and other processes") from error
+        except sqlite3.DatabaseError as error:
+            raise VicugnaError(f"not a sound SQLite file: {error}", str(self.path),
+                               "Restore it from a copy, or move it away") from error
+
+
+def intact(row: Mapping[str, Any]) -> bool:
+    """Whether a row's hash is the hash of what it says."""
+    return bool(row["hash"] == digest_of([row["seq"], row["previous"], row["content"]]))
+
+
+def attempts_in(rows: Iterable[Mapping[str, Any]]) -> list[Attempt]:
+    """The attempts that some rows tell of, oldest first."""
+    found: dict[str, Attempt] = {}
+    for row in rows:
+        said = dict(row["content"])
+        try:
+            event, name, time = said.pop("event"), said.pop("attempt"), said.pop("time")
+            if event == "open":
+                found[name] = Attempt(id=name, opened=time, **said)
+            elif event == "resume":
+                found[name].outcome, found[name].closed = "open", ""
+                found[name].resumed += 1
+            else:
+                attempt = found[name]
+                attempt.closed, attempt.outcome = time, said["outcome"]
+                attempt.cost, attempt.result = said["cost"], said["result"]
+        except (KeyError, TypeError) as error:
+            raise VicugnaError(f"a changed row: {error!r}", f"ledger row {row['seq']}",
+                               "Restore the ledger from a copy") from error
+    return list(found.values())
+
+
+def lineage(attempts: Sequence[Attempt], digest: str) -> list[Attempt]:
+    """The finished attempts that made `digest`, and what it was made from, oldest first.
+
+    Where several made the same bytes, the latest stands for them.
+    """
+    makers = {a.result.get("digest"): a for a in attempts if a.outcome == "done"}
+    wanted, found = [digest], []
+    while wanted:
+        maker = makers.get(wanted.pop())
+        if maker and maker not in found:
+            found.append(maker)
+            wanted += maker.parents
+    return [attempt for attempt in attempts if attempt in found]
+
+
+def _append(db: sqlite3.Connection, event: str, attempt: str, said: Mapping[str, Any]) -> str:
+    last = db.execute("SELECT seq, hash FROM rows ORDER BY seq DESC LIMIT 1").fetchone()
+    seq, previous = (last[0] + 1, last[1]) if last else (1, FIRST)
+    attempt = attempt or f"{said['kind']}-{seq}"
+    time = datetime.now(UTC).isoformat(timespec="seconds")
+    content = {"event": event, "attempt": attempt, "time": time, **said}
+    db.execute("INSERT INTO rows VALUES (?, ?, ?, ?)",
+               (seq, previous, canonical(content).decode(), digest_of([seq, previous, content])))
+    return attempt
+
+
+def _rows(db: sqlite3.Connection) -> list[dict[str, Any]]:
+    return [_row(row) for row in db.execute(ALL)]
+
+
+def _row(stored: Sequence[Any]) -> dict[str, Any]:
+    seq, previous, content, digest = stored
+    try:
+        content = dict(json.loads(content))
+    except (ValueError, TypeError):
+        content = {}  # no longer what its hash says: check() finds it
+    return {"seq": seq, "previous": previous, "content": content, "hash": digest}

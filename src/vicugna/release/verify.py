@@ -1,0 +1,194 @@
+"""Verification: computes everything in a release anew and says what does not agree.
+
+Without a signature it cannot say who made a release, nor detect evidence that was invented whole
+and consistently; it can show that these weights give these scores on these questions.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from vicugna import tasks
+from vicugna.engine import Sampling
+from vicugna.errors import Refused, VicugnaError
+from vicugna.evals import PlannedItem, Results
+from vicugna.evals.plan import slices
+from vicugna.evals.runner import Local, Reply, ask, judge, make
+from vicugna.release import card
+from vicugna.release.contents import Contents
+from vicugna.release.ledger import Attempt, intact, lineage
+from vicugna.release.manifest import files_in, manifest, read_manifest
+
+ELSEWHERE = 0.95  # share of sampled outcomes that must agree on another kind of machine
+Progress = Callable[[int, int], None] | None
+
+
+@dataclass(frozen=True)
+class Check:
+    """One question asked of a release, whether the answer was yes, and the figures behind it."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+def verify(folder: str | Path, sample: int = 32, progress: Progress = None) -> list[Check]:
+    """Check a release folder; it holds if every check is ok.
+
+    `sample`: at least so many items, in whole batches drawn at random, are asked again of the
+    model (0: none). On the platform of the evaluation every record must be the same; elsewhere
+    all but 5% of the outcomes (or one). `progress(done, total)` counts them.
+    """
+    release = Contents(Path(folder))
+    parts: dict[str, Callable[[Contents], str]] = {
+        "files": _files, "model": _model, "items": _items, "ledger": _ledger, "card": _card,
+        "release digest": _digest}
+    if sample:
+        parts["sample"] = partial(_sample, sample=sample, progress=progress)
+    checks = []
+    for name, part in parts.items():
+        try:
+            checks.append(Check(name, True, part(release)))
+        except Exception as error:  # whatever a forged file provokes, the answer is no
+            known = isinstance(error, VicugnaError)
+            checks.append(Check(name, False, str(error) if known else repr(error)))
+    return checks
+
+
+def evaluating(attempts: Sequence[Attempt], results: Results) -> list[Attempt]:
+    """The finished evaluations that gave `results`: entered with its plan and its weights."""
+    return [attempt for attempt in attempts
+            if attempt.kind == "eval" and attempt.outcome == "done"
+            and attempt.data_digest == results.plan_digest
+            and results.model_digest in attempt.parents
+            and attempt.result.get("digest") == results.digest]
+
+
+def _files(release: Contents) -> str:
+    stated, found = read_manifest(release.folder)["files"], files_in(release.folder)
+    for name in sorted({*stated, *found}):
+        if stated.get(name) != found.get(name):
+            raise Refused("missing" if name not in found else
+                          "changed" if name in stated else "not in the manifest", name)
+    return f"{len(found)} files as the manifest says"
+
+
+def _model(release: Contents) -> str:
+    """The evaluations are read here too: their tables are counted again from their items."""
+    digest = release.model.digest
+    for results, _ in release.evaluations:
+        if results.model_digest != digest:
+            raise Refused(f"the results are of model {results.model_digest[:12]}, the weights are "
+                          f"{digest[:12]}")
+    rows = sum(len(results.rows) for results, _ in release.evaluations)
+    return f"{rows} rows of results follow from the items and are of model {digest[:12]}"
+
+
+def _items(release: Contents) -> str:
+    """Each row asks the first n seeds of its split, and each recorded reply deserves its score."""
+    checked = left = 0
+    for _, records in release.evaluations:
+        seeds: dict[Any, list[int]] = {}
+        for record in records:
+            planned = PlannedItem.from_dict(record)
+            own = planned.task in tasks.TASKS
+            seeds.setdefault(planned.row if own else planned.task, []).append(planned.seed)
+            checked, left = checked + own, left + (not own)
+            if own:
+                _judge_again(planned, record)
+        for row, asked in seeds.items():
+            first = tasks.SPLITS[tasks.split_of(min(asked))].start
+            if sorted(asked) != list(range(first, first + len(asked))):
+                raise Refused("its questions are not the first ones of the split, each once",
+                              str(row))
+    kept = f"; {left} of somebody's own cannot be made again here" if left else ""
+    return f"{checked} questions made again and their replies scored again{kept}"
+
+
+def _judge_again(planned: PlannedItem, record: dict[str, Any]) -> None:
+    item = make(planned)
+    due: tuple[Any, ...] = ("error", None, record["error"] or "an error without a message")
+    if record["finish_reason"] and not isinstance(item, str):
+        due = judge(item, Reply(record["response"], finish_reason=record["finish_reason"]))
+    if due != (record["outcome"], record["score"], record["error"]):
+        raise Refused(f"recorded as {record['outcome']}, but the reply is {due[0]}",
+                      f"item {planned.id}")
+
+
+def _ledger(release: Contents) -> str:
+    before = None
+    for row in release.rows:
+        if not intact(row) or (before and before["seq"] + 1 == row["seq"]
+                               and before["hash"] != row["previous"]):
+            raise Refused("it or the row before it was changed", f"ledger row {row['seq']}")
+        before = row
+    if not lineage(release.attempts, release.model.digest):
+        raise Refused("no attempt in the ledger made these weights")
+    for results, _ in release.evaluations:
+        if not evaluating(release.attempts, results):
+            raise Refused("no attempt in the ledger, opened with this plan and these weights, gave "
+                          f"the results {results.digest[:12]}")
+    return f"{len(release.rows)} rows, {len(release.attempts)} attempts"
+
+
+def _card(release: Contents) -> str:
+    written = (release.folder / "README.md").read_bytes().split(b"\n")
+    due = card.render(release).encode().split(b"\n")
+    if written != due:
+        pairs = enumerate(zip(written, due, strict=False), start=1)
+        line = next((n for n, (one, other) in pairs if one != other), min(len(written), len(due)))
+        raise Refused("it does not follow from the evidence", f"README.md line {line}")
+    return "every byte follows from the evidence"
+
+
+def _digest(release: Contents) -> str:
+    stated, due = read_manifest(release.folder), manifest(release)
+    for key in due.keys() - {"files"}:
+        if stated.get(key) != due[key]:
+            raise Refused(f"{key} does not follow from weights, results and recipe")
+    return str(due["release_digest"])
+
+
+def _sample(release: Contents, sample: int, progress: Progress) -> str:
+    answerer, drawn = Local(release.model), _draw(release, sample)
+    total, done, elsewhere, differ = sum(len(batch) for _, batch in drawn), 0, 0, 0
+    for results, batch in drawn:
+        again = ask(answerer, [PlannedItem.from_dict(record) for record in batch],
+                    Sampling(**results.sampling))
+        here = results.platform == answerer.platform
+        for old, new in zip(batch, again, strict=True):
+            same = old == new if here else all(
+                old[key] == new[key] for key in ("outcome", "expected", "prompt_digest"))
+            if here and not same:
+                raise Refused(f"asked again, it ends as {new['outcome']} with another record",
+                              f"item {old['id']}, {old['outcome']}")
+            elsewhere, differ = elsewhere + (not here), differ + (not same)
+        done += len(batch)
+        if progress:
+            progress(done, total)
+    if differ > max(1, (1 - ELSEWHERE) * elsewhere):
+        raise Refused(f"{differ} of {total} items asked again end otherwise")
+    return f"{total - differ} of {total} items asked again end the same" + (
+        " (evaluated on another platform)" if elsewhere else "")
+
+
+def _draw(release: Contents, sample: int) -> list[tuple[Results, list[dict[str, Any]]]]:
+    """Whole batches at random, unforeseeable to whoever made the release."""
+    batches = []
+    for results, records in release.evaluations:
+        left = iter(records)
+        plan = [PlannedItem.from_dict(record) for record in records]
+        for planned in slices(plan, results.batch_size, results.batch_tokens):
+            batch = [next(left) for _ in planned]
+            if all(item.task in tasks.TASKS for item in planned):
+                batches.append((results, batch))
+    random.SystemRandom().shuffle(batches)
+    drawn: list[tuple[Results, list[dict[str, Any]]]] = []
+    while batches and sum(len(batch) for _, batch in drawn) < sample:
+        drawn.append(batches.pop())
+    return drawn

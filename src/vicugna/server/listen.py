@@ -1,0 +1,76 @@
+"""Binding an address and serving on it until a signal asks to stop."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import signal
+import socket
+from collections.abc import Callable
+
+import uvicorn
+
+from vicugna.errors import VicugnaError
+from vicugna.model import Model
+from vicugna.server.app import create_app
+from vicugna.server.guard import LOCAL_NAMES
+
+DRAIN_SECONDS = 10  # how long answers under way may go on after a signal
+_REASONS = {
+    errno.EADDRINUSE: ("the port is in use", "Stop the program on it, or choose another --port"),
+    errno.EACCES: ("no permission to use this port", "Choose a --port above 1023"),
+    errno.EADDRNOTAVAIL: ("this address is not this machine's", "Choose another --host"),
+}
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address to bind is reachable from this machine only."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def check_exposure(host: str, api_key: str | None) -> None:
+    """Refuse an address that other machines can reach when there is no API key."""
+    if api_key == "":
+        raise VicugnaError("the API key is empty", "--api-key", "Give a long random one")
+    if api_key is None and not is_loopback(host):
+        raise VicugnaError("other machines can reach this address, and no API key is set", host,
+                           "Set VICUGNA_API_KEY (or --api-key), or keep to --host 127.0.0.1")
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket bound to `host:port` (0 picks a free port).
+
+    Raises VicugnaError naming the address when it is in use, reserved or not ours.
+    """
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+        bound.listen(0)  # two unlistening sockets may share an address: this finds the clash
+    except (OSError, OverflowError, UnicodeError) as error:
+        bound.close()
+        what, fix = _REASONS.get(getattr(error, "errno", 0) or 0,
+                                 ("no such address", "Choose another --host or --port"))
+        raise VicugnaError(what, f"{host}:{port}", fix) from error
+    return bound
+
+
+def run(model: Model, name: str, bound: socket.socket, host: str, api_key: str | None,
+        ready: Callable[[str], None]) -> None:
+    """Serve on `bound` until SIGINT or SIGTERM; answers under way get `DRAIN_SECONDS` to end.
+
+    `ready(url)` is called just before the first request can be taken.
+    """
+    shown = f"[{host}]" if ":" in host else host
+    hosts = LOCAL_NAMES | {shown.lower()} if is_loopback(host) else None
+    config = uvicorn.Config(create_app(model, name, hosts, api_key), log_level="warning",
+                            access_log=False, server_header=False, ws="none", proxy_headers=False,
+                            timeout_graceful_shutdown=DRAIN_SECONDS)
+    # uvicorn raises the signal again once it has stopped: by then it has been obeyed.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+    ready(f"http://{shown}:{bound.getsockname()[1]}")
+    uvicorn.Server(config).run(sockets=[bound])

@@ -1,0 +1,78 @@
+"""Our own multi-step families: every single step is easy, and the depth says how many there are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+
+from vicugna.tasks.task import Difficulty, Item, draw, final_line, make_item
+
+_LARGEST = 19  # the state of `steps` stays in 0..19, so that one step is a small table
+
+
+@dataclass(frozen=True)
+class Worked:
+    """A question, and the state after every step; the last state is the answer."""
+
+    question: str
+    steps: list[str]
+    answer: str
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A task of `difficulty.depth` steps, any depth."""
+
+    name: str
+    work: Callable[[Random, Difficulty], Worked]
+
+    def item(self, seed: int, difficulty: Difficulty) -> Item:
+        worked, _ = draw(
+            self.name,
+            seed,
+            difficulty,
+            lambda rng: self.work(rng, difficulty),
+            lambda worked: worked.question,
+        )
+        steps = "; ".join(worked.steps)
+        return make_item(self.name, seed, difficulty, worked.question, worked.answer, steps)
+
+    def score(self, item: Item, response: str) -> float:
+        """1.0 when the last line is the answer."""
+        return float(final_line(response) == item.answer)
+
+
+def _work_steps(rng: Random, difficulty: Difficulty) -> Worked:
+    """Additions, subtractions and doublings that stay within 0..19."""
+    state = rng.randint(0, _LARGEST)
+    words, steps = [f"Start with {state}."], []
+    for _ in range(difficulty.depth):
+        add = [("Add", "+", k) for k in range(1, min(9, _LARGEST - state) + 1)]
+        subtract = [("Subtract", "-", k) for k in range(1, min(9, state) + 1)]
+        double = [("Double", "*", 2)] if 0 < 2 * state <= _LARGEST else []
+        kind = rng.choice([options for options in (add, subtract, double) if options])
+        verb, sign, k = rng.choice(kind)
+        after = {"+": state + k, "-": state - k, "*": state * k}[sign]
+        words.append("Double it." if sign == "*" else f"{verb} {k}.")
+        steps.append(f"{state}{sign}{k}={after}")
+        state = after
+    return Worked(" ".join(words), steps, str(state))
+
+
+def _work_swaps(rng: Random, difficulty: Difficulty) -> Worked:
+    """Letters under cups in a row, two places exchanged at a time; `count` + 3 cups."""
+    cups = rng.sample("abcdefghijklmnopqrstuvwxyz", min(26, difficulty.count + 3))
+    words, steps = [f"Cups: {' '.join(cups)}."], []
+    for _ in range(difficulty.depth):
+        i, j = sorted(rng.sample(range(len(cups)), 2))
+        cups[i], cups[j] = cups[j], cups[i]
+        words.append(f"Swap {i + 1} {j + 1}.")
+        steps.append(" ".join(cups))
+    return Worked(" ".join(words), steps, " ".join(cups))
+
+
+CHAINS: list[Chain] = [
+    Chain("reasoning.steps", _work_steps),
+    Chain("reasoning.swaps", _work_swaps),
+]

@@ -1,0 +1,201 @@
+"""Long-context retrieval: needles, competing keys, variable tracking (RULER) and hash hop (Magic).
+
+Every item is a text with statements hidden in it and one question at the end. Only the statements
+that lead to the answer decide an item's split; the rest of the text is made after they were
+accepted, in one pass, so that ten million characters cost seconds.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from random import Random
+
+from vicugna.errors import VicugnaError
+from vicugna.tasks.task import Difficulty, Item, draw, final_line, make_item
+from vicugna.tasks.words import ADJECTIVES, NOUNS, filler, made_up_names, name_syllables
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked. `statements[0]` holds the answer and stands at the wanted position."""
+
+    statements: list[str]
+    names: list[str]
+    question: str
+    answer: str
+    reasoning: str = ""
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """A retrieval task: `ask` proposes what is asked, `rivals` makes statements of the same form
+    about other names, given how many characters are still to be filled."""
+
+    name: str
+    ask: Callable[[Random, Difficulty], Asked]
+    rivals: Callable[[Random, Difficulty, Asked, int], list[str]]
+
+    def item(self, seed: int, difficulty: Difficulty) -> Item:
+        """The question's length is `difficulty.length` characters to a few percent, or as short as
+        its statements allow. metadata: "needle" (statement with the answer), "position" (0..1)."""
+        asked, rng = draw(
+            self.name,
+            seed,
+            difficulty,
+            lambda rng: self.ask(rng, difficulty),
+            lambda asked: " ".join([*asked.statements, asked.question]),
+        )
+        room = difficulty.length - len(asked.question) - _joined(asked.statements)
+        rivals = self.rivals(rng, difficulty, asked, room)
+        prose = filler(rng, room - _joined(rivals))
+        others = _scatter(rng, prose, rivals + asked.statements[1:])
+        text, position = _place(rng, others, asked.statements[0], difficulty.position)
+        metadata = {"needle": asked.statements[0], "position": position}
+        question = f"{text}\n{asked.question}"
+        return make_item(
+            self.name, seed, difficulty, question, asked.answer, asked.reasoning, metadata
+        )
+
+    def score(self, item: Item, response: str) -> float:
+        """1.0 when the last line is the answer; white space and a full stop do not matter."""
+        return float(final_line(response).replace(" ", "").rstrip(".") == item.answer)
+
+
+def _joined(sentences: list[str]) -> int:
+    return sum(map(len, sentences)) + len(sentences)
+
+
+def _scatter(rng: Random, prose: list[str], statements: list[str]) -> list[str]:
+    """Statements in random order at random places between the sentences of the prose."""
+    shuffled = rng.sample(statements, len(statements))
+    slots = sorted(rng.choices(range(len(prose) + 1), k=len(shuffled)))
+    merged: list[str] = []
+    start = 0
+    for slot, statement in zip(slots, shuffled, strict=True):
+        merged += prose[start:slot]
+        merged.append(statement)
+        start = slot
+    return merged + prose[start:]
+
+
+def _place(
+    rng: Random, others: list[str], needle: str, position: float | None
+) -> tuple[str, float]:
+    """The text with the needle in it, and where (0..1 of the other text's characters) it stands."""
+    wanted = rng.random() if position is None else position
+    starts = [0, *accumulate(len(sentence) + 1 for sentence in others)]
+    index = bisect_left(starts, wanted * starts[-1])
+    if index and wanted * starts[-1] - starts[index - 1] < starts[index] - wanted * starts[-1]:
+        index -= 1
+    text = " ".join([*others[:index], needle, *others[index:]])
+    return text, starts[index] / starts[-1] if starts[-1] else wanted
+
+
+# Needles: "The code of amber falcon is 4815."
+
+
+def _digits(rng: Random) -> str:
+    return f"{rng.randrange(10_000):04d}"
+
+
+def _key(number: int) -> str:
+    adjective, noun = divmod(number, len(NOUNS))
+    return f"{ADJECTIVES[adjective]} {NOUNS[noun]}"
+
+
+def _code(key: str, value: str) -> str:
+    return f"The code of {key} is {value}."
+
+
+def _ask_code(rng: Random, difficulty: Difficulty) -> Asked:
+    key, value = _key(rng.randrange(len(ADJECTIVES) * len(NOUNS))), _digits(rng)
+    return Asked([_code(key, value)], [key], f"What is the code of {key}?", value)
+
+
+def _no_rivals(rng: Random, difficulty: Difficulty, asked: Asked, room: int) -> list[str]:
+    return []
+
+
+def _rival_codes(rng: Random, difficulty: Difficulty, asked: Asked, room: int) -> list[str]:
+    """`count` other codes; up to half of them share a word with the key that is asked for."""
+    total = len(ADJECTIVES) * len(NOUNS)
+    if difficulty.count >= total:
+        raise VicugnaError(f"count is {difficulty.count}", "retrieval.keys", f"Stay below {total}")
+    adjective, noun = asked.names[0].split()
+    near = [f"{a} {noun}" for a in ADJECTIVES] + [f"{adjective} {n}" for n in NOUNS]
+    chosen = dict.fromkeys([asked.names[0], *rng.sample(near, min(difficulty.count // 2, 99))])
+    numbers = rng.sample(range(total), min(total, difficulty.count + len(chosen)))
+    chosen |= dict.fromkeys(map(_key, numbers))
+    return [_code(key, _digits(rng)) for key in list(chosen)[1 : difficulty.count + 1]]
+
+
+# Variables: "Let kora be 4815. Let mipu be kora."
+
+
+def _fresh(rng: Random, asked: Asked, n: int) -> list[str]:
+    """`n` fresh names for rival chains, as wide as the asked ones and different from them."""
+    syllables = len(asked.names[0]) // 2
+    names = made_up_names(rng, n + len(asked.names), syllables)
+    taken = set(asked.names)
+    return [name for name in names if name not in taken][:n]
+
+
+def _tracking(names: list[str], value: str) -> list[str]:
+    return [f"Let {a} be {b}." for a, b in zip(names, [value, *names[:-1]], strict=True)]
+
+
+def _ask_variable(rng: Random, difficulty: Difficulty) -> Asked:
+    wanted = (difficulty.count + 1) * (difficulty.depth + 1)
+    names = made_up_names(rng, difficulty.depth + 1, name_syllables(wanted))
+    value = _digits(rng)
+    chain = [*reversed(names), value]
+    steps = "; ".join(f"{a} = {b}" for a, b in pairwise(chain))
+    question = f"What is the value of {names[-1]}?"
+    return Asked(_tracking(names, value), names, question, value, steps)
+
+
+def _rival_variables(rng: Random, difficulty: Difficulty, asked: Asked, room: int) -> list[str]:
+    """`count` other chains of the same depth."""
+    links = difficulty.depth + 1
+    names = _fresh(rng, asked, difficulty.count * links)
+    chains = [names[i : i + links] for i in range(0, len(names), links)]
+    return [statement for chain in chains for statement in _tracking(chain, _digits(rng))]
+
+
+# Hash hop: "kora = mipu." pairs fill the whole text
+
+
+def _pairs(names: list[str]) -> list[str]:
+    return [f"{a} = {b}." for a, b in pairwise(names)]
+
+
+def _ask_hops(rng: Random, difficulty: Difficulty) -> Asked:
+    # A pair takes some 13 characters, and a chain has one name more than it has pairs.
+    wanted = difficulty.length // 6 + (difficulty.count + 1) * (difficulty.depth + 1)
+    names = made_up_names(rng, difficulty.depth + 1, name_syllables(wanted))
+    times = "1 time" if difficulty.depth == 1 else f"{difficulty.depth} times"
+    hops = _pairs(names)
+    question = f"Hop {times} from {names[0]}."
+    steps = "; ".join(pair[:-1] for pair in hops)
+    return Asked(hops[::-1], names, question, names[-1], steps)
+
+
+def _rival_hops(rng: Random, difficulty: Difficulty, asked: Asked, room: int) -> list[str]:
+    """Chains of the same depth that fill the room, and at least `count` of them."""
+    links = difficulty.depth + 1
+    n = max(difficulty.count * difficulty.depth, room // (len(asked.statements[0]) + 1))
+    chains = -(-n // difficulty.depth)
+    names = _fresh(rng, asked, chains * links)
+    pairs = [pair for i in range(0, len(names), links) for pair in _pairs(names[i : i + links])]
+    return pairs[:n]
+
+
+RETRIEVAL: list[Retrieval] = [
+    Retrieval("retrieval.single", _ask_code, _no_rivals),
+    Retrieval("retrieval.keys", _ask_code, _rival_codes),
+    Retrieval("retrieval.variables", _ask_variable, _rival_variables),
+    Retrieval("retrieval.hashhop", _ask_hops, _rival_hops),
+]

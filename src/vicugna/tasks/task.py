@@ -1,0 +1,152 @@
+"""What a task is, and the two fences that keep training away from test items.
+
+The first fence is the seed: each split owns a huge range of seeds. The second is the content: an
+item draws candidates from its seed's own random stream until the hash of the candidate's content
+(its question, or its needle) falls into the part of hash space that belongs to the seed's split.
+So two splits never share a question, whatever the seeds and the difficulty.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any, Protocol, TypeVar
+
+from vicugna.errors import VicugnaError
+
+T = TypeVar("T")
+
+_SEEDS = 1 << 40  # seeds in each split
+SPLITS: dict[str, range] = {
+    split: range(i * _SEEDS, (i + 1) * _SEEDS)
+    for i, split in enumerate(("train", "dev", "test", "heldout"))
+}
+# Eighths of hash space: half of all contents may be trained on, the rest never.
+_OWNER_OF_EIGHTH = ("train", "train", "train", "train", "dev", "test", "test", "heldout")
+_TRIES = 4000
+
+
+@dataclass(frozen=True)
+class Difficulty:
+    """How hard an item is; each task says which of these it heeds.
+
+    `length` is the approximate number of characters of the question, `depth` the number of hops or
+    steps, `count` the number of competing needles (or the size of a reasoning item's objects),
+    `position` where the decisive statement stands, from 0 (start) to 1 (end); None means anywhere.
+    """
+
+    length: int = 0
+    depth: int = 1
+    count: int = 1
+    position: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("length", 0), ("depth", 1), ("count", 0)):
+            if getattr(self, name) < least:
+                raise VicugnaError(
+                    f"{name} is {getattr(self, name)}", "difficulty", f"Use at least {least}"
+                )
+        if self.position is not None and not 0.0 <= self.position <= 1.0:
+            raise VicugnaError(
+                f"position is {self.position}", "difficulty", "Use a number from 0 to 1, or none"
+            )
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question. `solution` is the assistant message that teaches it: its content is the answer,
+    and its "reasoning", where present, the worked steps."""
+
+    task: str
+    seed: int
+    difficulty: Difficulty
+    messages: list[dict[str, str]]
+    answer: str
+    solution: dict[str, str]
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+class Task(Protocol):
+    """Makes items and scores answers, for training data, reward and evaluation alike."""
+
+    @property
+    def name(self) -> str: ...
+
+    def item(self, seed: int, difficulty: Difficulty) -> Item:
+        """A pure function: the same item for the same arguments, on every machine."""
+        ...
+
+    def score(self, item: Item, response: str) -> float:
+        """0.0 or 1.0 for an answer whose reasoning has been split off."""
+        ...
+
+
+def split_seed(split: str, index: int) -> int:
+    """The `index`-th seed of a split. Raises VicugnaError for an unknown split or index."""
+    if split not in SPLITS:
+        raise VicugnaError(f'no split "{split}"', "tasks", f"Use one of {', '.join(SPLITS)}")
+    if not 0 <= index < _SEEDS:
+        raise VicugnaError(f"index {index} is outside the split", split, f"Stay below {_SEEDS}")
+    return SPLITS[split][index]
+
+
+def split_of(seed: int) -> str:
+    """The split that owns a seed. Raises VicugnaError for a seed that no split owns."""
+    for split, seeds in SPLITS.items():
+        if seed in seeds:
+            return split
+    raise VicugnaError(f"seed {seed} is in no split", "tasks", "Take seeds from split_seed()")
+
+
+def owner_of(task: str, content: str) -> str:
+    """The split that alone may use this content of this task."""
+    digest = hashlib.sha256(f"{task}\n{content}".encode()).digest()
+    return _OWNER_OF_EIGHTH[digest[0] % 8]
+
+
+def draw(
+    task: str,
+    seed: int,
+    difficulty: Difficulty,
+    propose: Callable[[Random], T | None],
+    content: Callable[[T], str],
+) -> tuple[T, Random]:
+    """The first proposal whose content belongs to the seed's split, and the random stream after it.
+
+    `propose` may return None for a candidate it does not want. Raises VicugnaError when thousands
+    of candidates bring none: this difficulty has too few distinct items.
+    """
+    split = split_of(seed)
+    rng = Random(f"{task}/{seed}/{difficulty}")
+    for _ in range(_TRIES):
+        candidate = propose(rng)
+        if candidate is not None and owner_of(task, content(candidate)) == split:
+            return candidate, rng
+    raise VicugnaError(
+        f"no {split} item found in {_TRIES} tries at {difficulty}", task, "Use a greater depth"
+    )
+
+
+def make_item(
+    task: str,
+    seed: int,
+    difficulty: Difficulty,
+    question: str,
+    answer: str,
+    reasoning: str = "",
+    metadata: dict[str, Any] | None = None,
+) -> Item:
+    """An item with one user message. `reasoning` is left out of the solution when empty."""
+    solution = {"role": "assistant", "content": answer}
+    if reasoning:
+        solution["reasoning"] = reasoning
+    messages = [{"role": "user", "content": question}]
+    return Item(task, seed, difficulty, messages, answer, solution, metadata or {})
+
+
+def final_line(response: str) -> str:
+    """The last line that is not blank, with runs of white space made single spaces."""
+    lines = [line for line in response.splitlines() if line.strip()]
+    return " ".join(lines[-1].split()) if lines else ""

@@ -1,0 +1,72 @@
+"""Weighted next-token loss, computed without ever holding all the logits.
+
+Training on text, on chats and by policy gradient differ only in the weights: 1 for a token to
+learn, its advantage for a sampled token, 0 for a token that is only read.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vicugna.models.layers.attention import Dense
+
+CHUNK = 1024  # rows of logits held at once
+
+
+class _WeightedNLL(torch.autograd.Function):
+    """sum_n w_n * -log p(target_n), with both gradients made in the forward pass, by chunks.
+
+    The idea of fused linear cross-entropy (Liger kernel, arXiv 2410.10989): logits [N, V] are the
+    largest tensor of a small model's step, and are needed only once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, head_VD: Tensor, target_N: Tensor, weight_N: Tensor,
+                dtype: torch.dtype) -> Tensor:
+        head, x = head_VD.to(dtype), x_ND.to(dtype)
+        total = torch.zeros((), dtype=torch.float32, device=x.device)
+        grad_x = torch.empty_like(x)
+        grad_head = torch.zeros(head.shape, dtype=torch.float32, device=x.device)
+        for start in range(0, x.shape[0], CHUNK):
+            part = slice(start, start + CHUNK)
+            target, weight = target_N[part, None], weight_N[part, None].float()
+            p_NV = (x[part] @ head.T).float().log_softmax(-1)
+            total -= (p_NV.gather(-1, target) * weight).sum()
+            p_NV.exp_()
+            p_NV.scatter_add_(-1, target, torch.full_like(weight, -1.0))
+            grad = p_NV.mul_(weight).to(dtype)
+            grad_x[part] = grad @ head
+            grad_head += grad.T @ x[part]
+        ctx.save_for_backward(grad_x, grad_head)
+        ctx.dtypes = x_ND.dtype, head_VD.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None, None, None]:
+        grad_x, grad_head = ctx.saved_tensors
+        scale = grads[0]
+        return ((grad_x * scale).to(ctx.dtypes[0]), (grad_head * scale).to(ctx.dtypes[1]),
+                None, None, None)
+
+
+class Objective(nn.Module):
+    """A network and its loss as one module, the unit that DDP and FSDP2 wrap."""
+
+    def __init__(self, network: nn.Module, precision: str) -> None:
+        super().__init__()
+        self.network = network
+        self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+
+    def forward(self, tokens_BT: Tensor, positions_BT: Tensor, targets_BT: Tensor,
+                weights_BT: Tensor) -> Tensor:
+        """Sum over tokens of weight * -log p(target), a float32 scalar."""
+        with torch.autocast(tokens_BT.device.type, self.dtype,
+                            enabled=self.dtype != torch.float32):
+            hidden_BTD = self.network(tokens_BT, positions_BT, Dense(positions_BT))
+        learned = weights_BT != 0
+        head: Any = self.network.lm_head
+        return _WeightedNLL.apply(hidden_BTD[learned], head.weight, targets_BT[learned],
+                                  weights_BT[learned], self.dtype)

@@ -1,0 +1,67 @@
+"""Training state on disk: weights, optimisers and step, as a PyTorch DCP folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from vicugna.errors import VicugnaError
+from vicugna.files import replacing_folder, storage_error, sweep_temporaries
+from vicugna.training.parallel import Ranks
+
+STATE = "state"
+
+
+def save(folder: Path, module: nn.Module, optimisers: Sequence[torch.optim.Optimizer],
+         progress: dict[str, Any], ranks: Ranks) -> None:
+    """Replace `folder`/state atomically by the state after `progress["step"]` steps.
+
+    With several ranks every one writes its shard to a folder that all of them see.
+    """
+    weights, optimiser = get_state_dict(module, list(optimisers))
+    state = {"weights": weights, "optimiser": optimiser, "progress": progress}
+    if ranks.world == 1:
+        with replacing_folder(folder / STATE) as temporary:
+            dcp.save(state, checkpoint_id=temporary, no_dist=True)
+        return
+    shared = folder / f".{STATE}.shards.tmp"
+    dcp.save(state, checkpoint_id=shared)
+    if ranks.first:
+        with replacing_folder(folder / STATE) as temporary:
+            for file in shared.iterdir():
+                file.rename(temporary / file.name)
+        shared.rmdir()
+    dist.barrier()
+
+
+def load(folder: Path, module: nn.Module, optimisers: Sequence[torch.optim.Optimizer],
+         ranks: Ranks) -> dict[str, Any] | None:
+    """Restore what `save` wrote and return its `progress`; None when there is no state yet."""
+    if ranks.first:
+        sweep_temporaries(folder)
+    if ranks.world > 1:
+        dist.barrier()
+    if not (folder / STATE).exists():
+        return None
+    weights, optimiser = get_state_dict(module, list(optimisers))
+    state: dict[str, Any] = {"weights": weights, "optimiser": optimiser,
+                             "progress": {"step": 0, "skipped": 0, "tokens": 0, "seconds": 0.0,
+                                          "flops": 0.0}}
+    try:
+        dcp.load(state, checkpoint_id=folder / STATE, no_dist=ranks.world == 1)
+    except OSError as error:
+        raise storage_error(error, folder / STATE) from error
+    except Exception as error:  # DCP raises many kinds for a damaged folder
+        raise VicugnaError(f"the training state cannot be read ({type(error).__name__})",
+                           str(folder / STATE),
+                           "Delete that folder to start the stage again") from error
+    set_state_dict(module, list(optimisers), model_state_dict=state["weights"],
+                   optim_state_dict=state["optimiser"])
+    return state["progress"]

@@ -1,0 +1,281 @@
+"""Counting: every planned item once, whatever happens while it is asked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from vicugna import checkpoint, evals, models, tokenizer
+from vicugna.engine import Sampling
+from vicugna.errors import VicugnaError
+from vicugna.evals.plan import in_order, planned, slices
+from vicugna.evals.runner import Local, Reply, run
+from vicugna.files import digest_of
+from vicugna.tasks import Difficulty, Item, split_seed
+
+
+class Words:
+    """A tokenizer of words, enough to plan with."""
+
+    def chat(self, messages: list[dict[str, str]]) -> list[int]:
+        return [len(word) for message in messages for word in message["content"].split()]
+
+
+class Echo:
+    """A task whose question says what must happen to it."""
+
+    name = "echo"
+    fate = ("right", "wrong", "truncated", "no reply", "bad score", "half", "right", "nan")
+
+    def item(self, seed: int, difficulty: Difficulty) -> Item:
+        fate = self.fate[seed % len(self.fate)]
+        messages = [{"role": "user", "content": f"{fate} " + "word " * (seed % 5)}]
+        return Item(self.name, seed, difficulty, messages, "right",
+                    {"role": "assistant", "content": "right"}, {"cluster": f"c{seed % 3}"})
+
+    def score(self, item: Item, response: str) -> float:
+        if response == "bad score":
+            raise ZeroDivisionError("no such luck")
+        return {"right": 1.0, "half": 0.5, "nan": float("nan")}.get(response, 0.0)
+
+
+class Scripted:
+    """Answers with the question's first words; dies before call number `dies`."""
+
+    digest, precision, platform = "d" * 64, "float32", "here"
+
+    def __init__(self, dies: int = -1) -> None:
+        self.calls, self.dies = 0, dies
+
+    def answer(self, conversations: Sequence[list[dict[str, str]]],
+               samplings: Sequence[Sampling]) -> list[Reply]:
+        if self.calls == self.dies:
+            raise KeyboardInterrupt
+        self.calls += 1
+        replies = []
+        for messages in conversations:
+            text = messages[-1]["content"].replace("word", "").strip()
+            error = "refused" if text == "no reply" else None
+            reason = "length" if text == "truncated" else "stop"
+            # "truncated" would be right by its text: it still may not count.
+            text = "right" if text == "truncated" else text
+            replies.append(Reply(text, None, 3, "" if error else reason, digest_of(text), error))
+        return replies
+
+
+ECHO = {"echo": Echo()}
+
+
+def plan_of(n: int) -> list[evals.PlannedItem]:
+    return in_order(planned("g", Echo().item(seed, Difficulty()), 8, Words())  # type: ignore[arg-type]
+                    for seed in range(n))
+
+
+def go(folder: Path, n: int = 40, dies: int = -1, **more: Any) -> evals.Results:
+    return run(Scripted(dies), plan_of(n), folder, batch_size=4, own_tasks=ECHO, **more)
+
+
+def test_every_planned_item_ends_once_and_counts(tmp_path: Path) -> None:
+    seen = []
+    results = go(tmp_path, progress=lambda done, total: seen.append((done, total)))
+    (row,) = results.rows
+    assert (row.n, row.right, row.wrong, row.truncated, row.error) == (40, 10, 10, 5, 15)
+    assert row.accuracy == 0.25 and row.if_errors_right == 0.625 and row.method == "clustered"
+    assert row.low < 0.25 < row.high
+    assert seen[0] == (0, 40) and seen[-1] == (40, 40)
+    records = evals.read_records(tmp_path / "items.jsonl")
+    assert [record["id"] for record in records] == [item.id for item in plan_of(40)]
+    errors = {record["error"] for record in records if record["outcome"] == "error"}
+    assert errors == {"refused", "ZeroDivisionError: no such luck",
+                      "ValueError: the score nan is not between 0 and 1"}
+    assert all(record["score"] is None for record in records
+               if record["outcome"] in ("error", "truncated"))
+    again, _ = evals.read_results(tmp_path)
+    assert again == results and again.digest == results.digest
+
+
+def test_an_item_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
+    class Broken(Echo):
+        def item(self, seed: int, difficulty: Difficulty) -> Item:
+            if seed == 1:
+                raise IndexError("out of needles")
+            return super().item(seed, difficulty)
+
+    results = run(Scripted(), plan_of(8), tmp_path, own_tasks={"echo": Broken()})
+    assert results.rows[0].n == 8 and results.rows[0].error == 4
+    with pytest.raises(VicugnaError, match="no longer makes the planned question"):
+        run(Scripted(), [replace(plan_of(8)[0], seed=3)], tmp_path / "b", own_tasks=ECHO)
+
+
+def test_a_failing_machine_is_no_outcome(tmp_path: Path) -> None:
+    class Full(Echo):
+        def score(self, item: Item, response: str) -> float:
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        run(Scripted(), plan_of(8), tmp_path, own_tasks={"echo": Full()})
+    assert not (tmp_path / "results.json").exists()
+    with pytest.raises(VicugnaError, match="not complete"):
+        evals.read_results(tmp_path)
+
+
+@given(dies=st.integers(0, 9), torn=st.integers(0, 4000))
+@settings(max_examples=30, deadline=None,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_killed_and_resumed_ends_in_the_same_bytes(tmp_path_factory: pytest.TempPathFactory,
+                                                   dies: int, torn: int) -> None:
+    whole, folder = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("killed")
+    digest = go(whole).digest
+    with pytest.raises(KeyboardInterrupt):
+        go(folder, dies=dies)
+    items = folder / "items.jsonl"
+    if items.exists():
+        items.write_bytes(items.read_bytes()[:-torn or None])
+    assert go(folder).digest == digest
+    for name in ("items.jsonl", "results.json", "plan.json"):
+        assert (folder / name).read_bytes() == (whole / name).read_bytes()
+    assert go(folder, dies=0).digest == digest  # complete: nothing is asked again
+
+
+def test_a_folder_of_another_evaluation_is_refused(tmp_path: Path) -> None:
+    go(tmp_path)
+    other = Scripted()
+    other.digest = "e" * 64
+    with pytest.raises(VicugnaError, match="another model digest"):
+        run(other, plan_of(40), tmp_path, batch_size=4, own_tasks=ECHO)
+    with pytest.raises(VicugnaError, match="another plan digest"):
+        go(tmp_path, n=39)
+    with pytest.raises(VicugnaError, match="another sampling"):
+        go(tmp_path, sampling=Sampling(temperature=0.5))
+    with pytest.raises(VicugnaError, match="another batch size"):
+        run(Scripted(), plan_of(40), tmp_path, batch_size=5, own_tasks=ECHO)
+    (tmp_path / "plan.json").unlink()
+    with pytest.raises(VicugnaError):
+        go(tmp_path)
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+@pytest.mark.parametrize("old, new", [
+    ('"right": 10', '"right": 11'), ('"accuracy": 0.25', '"accuracy": 0.35'),
+    ('"n": 40', '"n": 30'), ('"model_digest": "d', '"model_digest": "f')])
+def test_an_edited_table_does_not_follow(tmp_path: Path, old: str, new: str) -> None:
+    go(tmp_path)
+    edit(tmp_path / "results.json", old, new)
+    with pytest.raises(VicugnaError):
+        evals.read_results(tmp_path)
+
+
+@pytest.mark.parametrize("change", ["drop", "twice", "flip", "spaces", "swap", "binary"])
+def test_edited_items_do_not_count(tmp_path: Path, change: str) -> None:
+    go(tmp_path)
+    path = tmp_path / "items.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join({
+        "drop": lines[1:], "twice": [lines[0], *lines],
+        "flip": [lines[0].replace(b'"outcome":"', b'"outcome":"un'), *lines[1:]],
+        "spaces": [lines[0].replace(b":", b": ", 1), *lines[1:]],
+        "swap": [lines[1], lines[0], *lines[2:]], "binary": [b"\xff\n", *lines[1:]]}[change]))
+    with pytest.raises(VicugnaError):
+        evals.read_results(tmp_path)
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(1, 9),
+       st.integers(1, 200))
+def test_slices_hold_every_item_once_and_keep_to_the_limits(
+        lengths: list[int], size: int, tokens: int) -> None:
+    plan = [replace(plan_of(1)[0], prompt_tokens=length, max_new_tokens=1) for length in lengths]
+    batches = slices(plan, size, tokens)
+    assert [item for batch in batches for item in batch] == plan
+    for batch in batches:
+        longest = max(item.prompt_tokens + 1 for item in batch)
+        assert 1 <= len(batch) <= size and (len(batch) == 1 or longest * len(batch) <= tokens)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> checkpoint.Checkpoint:
+    words = tokenizer.train(["The code of indigo barrel is 8715. Snow fell. Birds sang."] * 3, 280)
+    network = models.build({
+        "model_type": "llama", "vocab_size": words.vocab_size, "hidden_size": 16,
+        "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 600})
+    models.initialise(network, 0)
+    return checkpoint.Checkpoint({}, network.eval(), words, {})
+
+
+SPECS: list[dict[str, Any]] = [
+    {"group": "needle", "task": "retrieval.single", "n": 6, "length_tokens": 500,
+     "max_new_tokens": 4},
+    {"group": "needle", "task": "retrieval.single", "n": 3, "length_tokens": 900,
+     "max_new_tokens": 4},
+    {"group": "sums", "task": "reasoning.steps", "n": 5, "difficulty": {"depth": 2},
+     "max_new_tokens": 5}]
+
+
+def test_a_plan_is_fitted_sorted_and_the_same_each_time(model: checkpoint.Checkpoint) -> None:
+    assert model.tokenizer
+    plan = evals.build_plan(SPECS, model.tokenizer)
+    assert plan == evals.build_plan([evals.Spec(**spec) for spec in SPECS], model.tokenizer)
+    assert [item.prompt_tokens for item in plan] == sorted(item.prompt_tokens for item in plan)
+    for item in plan:
+        if item.length_tokens:
+            assert 0.95 * item.length_tokens <= item.prompt_tokens <= item.length_tokens
+    assert {item.row[2] for item in plan} == {"500 tokens", "900 tokens", "depth 2"}
+    seeds = sorted(item.seed for item in plan if item.group == "sums")
+    assert seeds == [split_seed("test", k) for k in range(5)]
+    assert evals.PlannedItem.from_dict(json.loads(json.dumps(
+        {**vars(plan[0]), "difficulty": vars(plan[0].difficulty)}))) == plan[0]
+
+
+@pytest.mark.parametrize("change", [
+    {"n": 0}, {"n": "many"}, {"m": 3}, {"split": "exam"}, {"task": "retrieval.singel"},
+    {"difficulty": {"dept": 2}}, {"difficulty": {"depth": 0}}, {"max_new_tokens": 0},
+    {"length_tokens": 3}])
+def test_a_wrong_spec_is_named(model: checkpoint.Checkpoint, change: dict[str, Any]) -> None:
+    assert model.tokenizer
+    with pytest.raises(VicugnaError):
+        evals.build_plan([{**SPECS[0], **change}], model.tokenizer)
+    with pytest.raises(VicugnaError, match="asked twice"):
+        evals.build_plan([SPECS[0], SPECS[0]], model.tokenizer)
+
+
+def test_a_real_model_too_long_prompts_are_errors(model: checkpoint.Checkpoint,
+                                                  tmp_path: Path) -> None:
+    assert model.tokenizer
+    plan = evals.build_plan(SPECS, model.tokenizer)
+    results = run(model, plan, tmp_path / "a", batch_size=4)
+    rows = {row.difficulty: row for row in results.rows}
+    assert rows["900 tokens"].error == rows["900 tokens"].n == 3
+    assert rows["500 tokens"].truncated + rows["500 tokens"].wrong == 6
+    assert results.model_digest == model.digest and results.precision == "float32"
+    records = evals.read_records(tmp_path / "a" / "items.jsonl")
+    long = next(record for record in records if record["outcome"] == "error")
+    assert "the context 600" in long["error"] and long["prompt_digest"]
+    assert run(model, plan, tmp_path / "b", batch_size=4).digest == results.digest
+
+
+def test_one_failing_prompt_does_not_take_its_batch_with_it(
+        model: checkpoint.Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = evals.runner.engine.generate
+
+    def picky(network: Any, tokenizer: Any, prompts: list[list[int]], *rest: Any) -> Any:
+        if any(len(prompt) > 40 for prompt in prompts):
+            raise RuntimeError("no")
+        return real(network, tokenizer, prompts, *rest)
+
+    monkeypatch.setattr("vicugna.evals.runner.engine.generate", picky)
+    short, long = ([{"role": "user", "content": "a " * k}] for k in (2, 90))
+    replies = Local(model).answer([short, long, short], [Sampling(max_new_tokens=2)] * 3)
+    assert [reply.error for reply in replies] == [None, "RuntimeError: no", None]
+    assert replies[0] == replies[2]

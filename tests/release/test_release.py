@@ -1,0 +1,368 @@
+"""Releases, and a battery of cheats that verification must catch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vicugna import checkpoint, evals, models, tokenizer
+from vicugna.errors import Refused, VicugnaError
+from vicugna.files import canonical, digest_file, digest_of, read_json, write_json
+from vicugna.release import About, Ledger, card, make_release, verify
+from vicugna.release.contents import Contents
+from vicugna.release.manifest import files_in, manifest
+
+SPECS = [{"group": "needle", "task": "retrieval.single", "n": 10, "difficulty": {"length": 200},
+          "max_new_tokens": 6},
+         {"group": "steps", "task": "reasoning.steps", "n": 6, "max_new_tokens": 6}]
+COST = {"flops": 1.5e12, "device_seconds": 12.5, "tokens": 4000, "peak_memory_bytes": 10**9}
+RECIPE = """pretrain:\n  data:\n    sources: [stdlib, {task: retrieval.single, weight: 2}]\n"""
+ABOUT = About("Kid", "A very small model.", ["It was never trained."])
+
+
+@dataclass
+class Workspace:
+    folder: Path
+    ledger: Ledger
+    results: evals.Results
+
+    def release(self, name: str = "out", **other: Any) -> dict[str, Any]:
+        given: dict[str, Any] = {
+            "model_folder": self.folder / "model", "results_folders": [self.folder / "results"],
+            "ledger": self.ledger, "recipe": self.folder / "recipe.yaml", "about": ABOUT, **other}
+        return make_release(out_folder=self.folder / name, **given)
+
+
+def write_model(folder: Path, seed: int) -> None:
+    words = tokenizer.train(["The code of indigo barrel is 8715. Snow fell. Birds sang."] * 3, 280)
+    network = models.build({
+        "model_type": "llama", "vocab_size": words.vocab_size, "hidden_size": 16,
+        "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 600,
+        "initializer_range": 0.5})
+    models.initialise(network, seed)
+    # Half of the vocabulary ends a reply, so that a random model's replies do end.
+    checkpoint.write(folder, network, words, {"eos_token_id": list(range(0, 280, 2))})
+
+
+def work(folder: Path) -> Workspace:
+    write_model(folder / "model", 0)
+    (folder / "recipe.yaml").write_text(RECIPE)
+    ledger = Ledger(folder / "ledger.sqlite")
+    model = checkpoint.read(folder / "model")
+    assert model.tokenizer
+    words = ledger.open("tokenizer", "product", "r", "0.1", "corpus")
+    ledger.close(words, "done", COST, {"digest": "tokenizer"})
+    trained = ledger.open("pretrain", "product", "r", "0.1", "corpus", ["tokenizer"])
+    ledger.close(trained, "done", COST, {"digest": model.digest})
+    plan = evals.build_plan(SPECS, model.tokenizer)
+    attempt = ledger.open("eval", "product", "r", "0.1", evals.plan_digest(plan), [model.digest])
+    results = evals.run(model, plan, folder / "results", batch_size=4)
+    ledger.close(attempt, "done", COST, {"digest": results.digest})
+    ledger.open("rl", "research", "r", "0.1", "x", [model.digest])
+    return Workspace(folder, ledger, results)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    workspace = work(tmp_path_factory.mktemp("work"))
+    workspace.release()
+    return workspace
+
+
+@pytest.fixture
+def release(made: Workspace, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made.folder / "out", tmp_path / "release"))
+
+
+def failed(folder: Path, sample: int = 1000) -> dict[str, str]:
+    return {check.name: check.detail for check in verify(folder, sample) if not check.ok}
+
+
+def test_an_honest_release_holds(made: Workspace, release: Path) -> None:
+    assert {record["outcome"] for record in evals.read_records(
+        release / "evidence/eval-01/items.jsonl")} == {"wrong", "truncated"}
+    seen: list[tuple[int, int]] = []
+    checks = verify(release, 1000, lambda done, total: seen.append((done, total)))
+    assert [check.name for check in checks if not check.ok] == []
+    assert checks[-1].detail == "16 of 16 items asked again end the same"
+    assert seen[-1] == (16, 16)
+    assert [check.name for check in verify(release, 0)][-1] == "release digest"
+    model = checkpoint.read(release)
+    assert model.digest == made.results.model_digest == read_json(
+        release / "manifest.json")["model_digest"]
+
+
+def test_the_card_tells_what_was_measured(release: Path) -> None:
+    text = (release / "README.md").read_text()
+    for part in ("# Kid", "| pretrain | 4,000 | 1.5e+12 |", "| needle | retrieval.single | length "
+                 "200 | 10 | 0.0% | 0.0% to 27.8% (wilson)", "- It was never trained.",
+                 "only 0.0% right of 10", "rl open: 1", "sources: [stdlib,",
+                 "license: apache-2.0", "vicugna verify"):
+        assert part in text, part
+    rows = (release / "evidence" / "ledger.jsonl").read_text().splitlines()
+    assert [json.loads(row)["content"]["attempt"] for row in rows] == [
+        "tokenizer-1", "tokenizer-1", "pretrain-3", "pretrain-3", "eval-5", "eval-5"]
+
+
+def test_times_and_costs_do_not_enter_the_release_digest(made: Workspace, tmp_path: Path) -> None:
+    digest = read_json(made.folder / "out" / "manifest.json")["release_digest"]
+    other = work(tmp_path)
+    last = other.ledger.attempts()[-1].id
+    other.ledger.close(last, "interrupted", {}, {})
+    assert other.release()["release_digest"] == digest
+    assert other.release()["release_digest"] == digest  # in place of the first
+
+
+@pytest.mark.parametrize("case", ["results of other weights", "unfinished", "edited", "unknown "
+                                  "weights", "unknown results", "no results", "broken ledger"])
+def test_refused_with_nothing_written(made: Workspace, tmp_path: Path, case: str) -> None:
+    folder = tmp_path / "w"
+    shutil.copytree(made.folder, folder, ignore=shutil.ignore_patterns("out"))
+    workspace = Workspace(folder, Ledger(folder / "ledger.sqlite"), made.results)
+    other: dict[str, Any] = {}
+    if case == "results of other weights":
+        write_model(folder / "second", 1)
+        other["model_folder"] = folder / "second"
+    elif case == "unfinished":
+        (folder / "results" / "results.json").unlink()
+    elif case == "edited":
+        change(folder / "results/results.json", '"n": 10', '"n": 9')
+    elif case == "unknown weights":
+        other["ledger"] = Ledger(tmp_path / "empty.sqlite")
+    elif case == "unknown results":
+        ledger = other["ledger"] = Ledger(tmp_path / "second.sqlite")
+        ledger.close(ledger.open("pretrain", "product", "r", "0.1", "c"), "done", COST,
+                     {"digest": made.results.model_digest})
+    elif case == "no results":
+        other["results_folders"] = []
+    else:
+        broken = (folder / "ledger.sqlite").read_bytes()
+        (folder / "ledger.sqlite").write_bytes(broken.replace(b'"tokens":4000', b'"tokens":1000'))
+    with pytest.raises(Refused):
+        workspace.release(**other)
+    assert not (folder / "out").exists() and not list(folder.glob(".out*"))
+
+
+def test_bad_places(made: Workspace, tmp_path: Path) -> None:
+    for given in ({"recipe": tmp_path / "none.yaml"}, {"model_folder": tmp_path}):
+        with pytest.raises(VicugnaError):
+            made.release("elsewhere", **given)
+        assert not (made.folder / "elsewhere").exists()
+    assert "files" in failed(tmp_path)
+
+
+# --- cheats: each changes a copy of the release; `hash_again` then makes the manifest fit ---------
+
+def change(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-2] ^= 1
+    path.write_bytes(data)
+
+
+def hash_again(folder: Path) -> None:
+    """Everything of the manifest that can be computed from the changed files."""
+    try:
+        content = manifest(Contents(folder))
+    except Exception:
+        content = {**read_json(folder / "manifest.json"), "files": files_in(folder)}
+    write_json(folder / "manifest.json", content)
+
+
+def rewritten(folder: Path, edit: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> None:
+    """Change the items, and then results, ledger, card and manifest so that all agree."""
+    evaluation = folder / "evidence" / "eval-01"
+    content = read_json(evaluation / "results.json")
+    records = edit(evals.read_records(evaluation / "items.jsonl"))
+    for record in records:
+        record["id"] = evals.PlannedItem.from_dict(record).id
+    (evaluation / "items.jsonl").write_bytes(b"".join(canonical(r) + b"\n" for r in records))
+    plan = evals.plan_digest([evals.PlannedItem.from_dict(record) for record in records])
+    results = evals.Results.of({**content, "plan_digest": plan}, records, content["platform"])
+    write_json(evaluation / "results.json", results.to_dict())
+    chain_again(folder, {content["results_digest"]: results.digest, content["plan_digest"]: plan})
+    write_card(folder)
+    hash_again(folder)
+
+
+def chain_again(folder: Path, changes: dict[str, str]) -> None:
+    path = folder / "evidence" / "ledger.jsonl"
+    text = path.read_text()
+    for old, new in changes.items():
+        text = text.replace(old, new)
+    rows = [json.loads(line) for line in text.splitlines()]
+    for row, after in zip(rows, [*rows[1:], None], strict=True):
+        row["hash"] = digest_of([row["seq"], row["previous"], row["content"]])
+        if after and after["seq"] == row["seq"] + 1:
+            after["previous"] = row["hash"]
+    path.write_bytes(b"".join(canonical(row) + b"\n" for row in rows))
+
+
+def write_card(folder: Path) -> None:
+    (folder / "README.md").write_text(card.render(Contents(folder)))
+
+
+def edited_score(folder: Path) -> None:
+    change(folder / "README.md", "| 10 | 0.0%", "| 10 | 90.0%")
+
+
+def edited_template(folder: Path) -> None:
+    change(folder / "chat_template.jinja", "user", "uzer") if "user" in (
+        folder / "chat_template.jinja").read_text() else change(
+        folder / "chat_template.jinja", "assistant", "asistant")
+
+
+def edited_table(folder: Path) -> None:
+    path = folder / "evidence" / "eval-01" / "results.json"
+    content = read_json(path)
+    content["rows"][0].update(right=10, wrong=0, truncated=0, accuracy=1.0)
+    content["results_digest"] = digest_of({k: v for k, v in content.items() if k not in (
+        "format", "platform", "results_digest")})
+    write_json(path, content)
+
+
+def swapped_weights(folder: Path) -> None:
+    write_model(folder.parent / "other", 1)
+    shutil.copyfile(folder.parent / "other" / "model.safetensors", folder / "model.safetensors")
+
+
+def lied_about_outcome(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    records[0].update(outcome="right", score=1.0, finish_reason="stop")
+    return records
+
+
+def put_answers_in(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    for record in records[:4]:
+        record.update(outcome="right", score=1.0, response=record["expected"], error=None,
+                      finish_reason="stop")
+    return records
+
+
+def delete_hard_items(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    seeds = sorted(r["seed"] for r in records if r["group"] == "needle")
+    return [r for r in records if r["group"] != "needle" or r["seed"] not in (seeds[0], seeds[4])]
+
+
+def duplicate_items(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [records[0], *records]
+
+
+def easier_questions(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    next(r for r in records if r["group"] == "needle")["difficulty"]["length"] = 0
+    return records
+
+
+def renamed_errors(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    records[0].update(outcome="error", score=None, finish_reason="", error="network failure")
+    return records
+
+
+PLAIN: dict[str, Callable[[Path], Any]] = {
+    "flipped bit in the weights": lambda folder: flip(folder / "model.safetensors"),
+    "edited score in the card": edited_score,
+    "changed template": edited_template,
+    "edited table": edited_table,
+    "extra file": lambda folder: (folder / "extra.py").write_text("pass"),
+    "hidden extra file": lambda folder: (folder / "evidence" / ".x").write_text(""),
+    "missing evidence": lambda folder: (folder / "evidence" / "recipe.yaml").unlink(),
+    "link": lambda folder: (folder / "evidence" / "link").symlink_to("/etc/hostname"),
+    "edited recipe": lambda folder: change(folder / "evidence/recipe.yaml", "2", "3"),
+    "edited cost": lambda folder: change(folder / "evidence/ledger.jsonl", "4000", "40"),
+    "edited config": lambda folder: change(folder / "config.json", '"rope_theta": 10000.0',
+                                           '"rope_theta": 20000.0'),
+    "edited generation config": lambda folder: change(folder / "generation_config.json", "\n    4,",
+                                                      "\n    5,"),
+    "swapped weights": swapped_weights,
+    "no manifest": lambda folder: (folder / "manifest.json").unlink(),
+    "manifest of another digest": lambda folder: change(
+        folder / "manifest.json", '"release_digest": "', '"release_digest": "0'),
+    "no items": lambda folder: (folder / "evidence/eval-01/items.jsonl").write_text(""),
+    "no evaluation": lambda folder: shutil.rmtree(folder / "evidence/eval-01"),
+    "dropped ledger row": lambda folder: (folder / "evidence/ledger.jsonl").write_text(
+        "".join((folder / "evidence/ledger.jsonl").read_text().splitlines(True)[:-1])),
+}
+CONSISTENT = [lied_about_outcome, put_answers_in, delete_hard_items, duplicate_items,
+              easier_questions, renamed_errors]
+
+
+@pytest.mark.parametrize("cheat", PLAIN)
+def test_a_changed_file_is_found(release: Path, cheat: str) -> None:
+    PLAIN[cheat](release)
+    assert failed(release, 0)
+
+
+@pytest.mark.parametrize("cheat", [name for name in PLAIN if name not in (
+    "extra file", "hidden extra file", "edited recipe", "no manifest", "link",
+    "manifest of another digest")])
+def test_making_the_manifest_fit_does_not_help(release: Path, cheat: str) -> None:
+    PLAIN[cheat](release)
+    hash_again(release)
+    assert failed(release, 0)
+
+
+@pytest.mark.parametrize("cheat", CONSISTENT)
+def test_nor_does_making_everything_fit(release: Path, cheat: Callable[..., Any]) -> None:
+    rewritten(release, cheat)
+    found = failed(release)
+    assert found
+    assert not {"files", "card", "ledger", "release digest"} & found.keys()
+
+
+def test_swapped_weights_under_rewritten_evidence_give_other_answers(release: Path) -> None:
+    swapped_weights(release)
+    evaluation = release / "evidence" / "eval-01"
+    content = read_json(evaluation / "results.json")
+    digest = checkpoint.read(release).digest
+    results = evals.Results.of({**content, "model_digest": digest}, evals.read_records(
+        evaluation / "items.jsonl"), content["platform"])
+    write_json(evaluation / "results.json", results.to_dict())
+    chain_again(release, {content["results_digest"]: results.digest,
+                          content["model_digest"]: digest})
+    write_card(release)
+    hash_again(release)
+    assert failed(release, 0) == {}
+    assert failed(release).keys() == {"sample"}
+
+
+def test_the_control_rewriting_without_a_change_holds(release: Path) -> None:
+    rewritten(release, lambda records: records)
+    assert failed(release) == {}
+
+
+def test_every_single_byte_flip_is_found(release: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    files = sorted(path for path in release.rglob("*") if path.is_file())
+    for path in files:
+        data = path.read_bytes()
+        at = int(torch.randint(len(data), (), generator=generator))
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1:])
+        assert failed(release, 0), path
+        path.write_bytes(data)
+    assert failed(release, 0) == {} and digest_file(files[0])
+
+
+def test_elsewhere_a_small_share_of_outcomes_may_differ(release: Path) -> None:
+    def moved(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        records[-1]["response"] += "?"
+        return records
+
+    rewritten(release, moved)
+    assert failed(release).keys() == {"sample"}
+    path = release / "evidence" / "eval-01" / "results.json"
+    change(path, read_json(path)["platform"], "another machine")
+    hash_again(release)
+    assert failed(release) == {}
+    assert "another platform" in verify(release, 1000)[-1].detail

@@ -1,0 +1,178 @@
+"""Every task keeps the protocol: pure items, splits that share nothing, honest scores."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vicugna import tasks
+from vicugna.errors import VicugnaError
+from vicugna.tasks import SPLITS, TASKS, Difficulty, split_of, split_seed
+from vicugna.tasks.task import draw, final_line, owner_of
+
+NAMES = sorted(TASKS)
+difficulties = st.builds(
+    Difficulty,
+    length=st.integers(0, 2000),
+    depth=st.integers(1, 6),
+    count=st.integers(0, 4),
+    position=st.none() | st.floats(0, 1),
+)
+seeds = st.builds(split_seed, st.sampled_from(list(SPLITS)), st.integers(0, 1 << 39))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(seed=seeds, difficulty=difficulties)
+@settings(max_examples=25, deadline=None)
+def test_items_are_pure_and_their_solutions_right(
+    name: str, seed: int, difficulty: Difficulty
+) -> None:
+    task = tasks.get(name)
+    item = task.item(seed, difficulty)
+    assert item == task.item(seed, difficulty)
+    assert (item.task, item.seed, item.difficulty) == (name, seed, difficulty)
+    assert [message["role"] for message in item.messages] == ["user"]
+    assert item.solution["role"] == "assistant" and item.solution["content"] == item.answer
+    assert json.loads(json.dumps(item.metadata)) == item.metadata
+    assert task.score(item, item.answer) == 1.0
+    assert task.score(item, f"So it is:\n  {item.answer} \n\n") == 1.0
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(index=st.integers(0, 10**9), data=st.data())
+@settings(max_examples=25, deadline=None)
+def test_a_corrupted_answer_scores_nothing(name: str, index: int, data: st.DataObject) -> None:
+    task = tasks.get(name)
+    item = task.item(split_seed("train", index), Difficulty(length=200, depth=2))
+    place = data.draw(st.integers(0, len(item.answer) - 1))
+    swapped = "7" if item.answer[place] != "7" else "3"
+    wrong = item.answer[:place] + swapped + item.answer[place + 1 :]
+    for response in (wrong, item.answer + "9", "9" + item.answer, "", "\n", item.answer * 40):
+        if name == "reasoning.chain_sum" and response.strip() and int(response) == int(item.answer):
+            continue  # leading zeros are forgiven
+        assert task.score(item, response) == 0.0, response
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(response=st.text() | st.text("0123456789 .,'\"[]eEnN-+\n"))
+@settings(max_examples=50, deadline=None)
+def test_any_response_can_be_scored(name: str, response: str) -> None:
+    task = tasks.get(name)
+    item = task.item(split_seed("train", 1), Difficulty(depth=3))
+    assert task.score(item, response) in (0.0, 1.0)
+
+
+@pytest.mark.parametrize("depth", range(1, 9))
+def test_a_long_word_with_letters_added_is_wrong(depth: int) -> None:
+    task = tasks.get("reasoning.spell_backward")
+    item = task.item(5, Difficulty(depth=depth))
+    assert task.score(item, item.answer + " x") == 0.0
+
+
+def test_a_sorted_list_that_is_off_by_one_is_wrong() -> None:
+    task = tasks.get("reasoning.number_sorting")
+    item = task.item(5, Difficulty(depth=2))
+    first, rest = item.answer.split(" ", 1)
+    assert task.score(item, f"{int(first) + 1} {rest}") == 0.0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_splits_share_no_content(name: str) -> None:
+    task = tasks.get(name)
+    contents: dict[str, set[str]] = {}
+    for split in SPLITS:
+        items = [task.item(split_seed(split, i), Difficulty(depth=2)) for i in range(150)]
+        key = "needle" if name in ("retrieval.single", "retrieval.keys") else ""
+        contents[split] = {
+            item.metadata[key] if key else item.messages[0]["content"] for item in items
+        }
+        assert len(contents[split]) > 75  # a well too shallow would repeat itself
+    merged = [content for split in contents.values() for content in split]
+    assert len(merged) == len(set(merged))
+
+
+@given(seed=seeds)
+def test_every_seed_has_one_split(seed: int) -> None:
+    owners = [split for split, range_ in SPLITS.items() if seed in range_]
+    assert owners == [split_of(seed)]
+
+
+def test_hash_space_is_shared_out_in_eighths() -> None:
+    owners = [owner_of("task", str(i)) for i in range(8000)]
+    shares = {split: owners.count(split) / 1000 for split in SPLITS}
+    wanted = {"train": 4, "dev": 1, "test": 2, "heldout": 1}
+    assert all(abs(shares[split] - wanted[split]) < 0.3 for split in SPLITS)
+
+
+def test_a_well_that_runs_dry_is_an_error() -> None:
+    split = "dev" if owner_of("dry", "always") != "dev" else "test"
+    with pytest.raises(VicugnaError, match=f"no {split} item"):
+        draw("dry", split_seed(split, 0), Difficulty(), lambda rng: "always", str)
+
+
+def test_seeds_and_splits_outside_are_errors() -> None:
+    for call in (
+        lambda: split_seed("exam", 0),
+        lambda: split_seed("test", -1),
+        lambda: split_seed("test", 1 << 40),
+        lambda: split_of(-1),
+        lambda: split_of(1 << 60),
+        lambda: tasks.get("reasoning.steps").item(-1, Difficulty()),
+    ):
+        with pytest.raises(VicugnaError):
+            call()
+
+
+@pytest.mark.parametrize(
+    "bad", [{"length": -1}, {"depth": 0}, {"count": -1}, {"position": 1.5}], ids=str
+)
+def test_impossible_difficulties_are_errors(bad: dict[str, float]) -> None:
+    with pytest.raises(VicugnaError, match=next(iter(bad))):
+        Difficulty(**bad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [("retrieval.singel", "retrieval.single"), ("reasoning.step", "reasoning.steps")],
+)
+def test_an_unknown_name_names_the_nearest(wrong: str, right: str) -> None:
+    with pytest.raises(VicugnaError, match=f'"{right}"'):
+        tasks.get(wrong)
+
+
+def test_items_are_the_same_in_threads_and_in_another_process() -> None:
+    wanted = [TASKS[name].item(split_seed("test", 3), Difficulty(depth=3)) for name in NAMES]
+    with ThreadPoolExecutor(8) as pool:
+        again = list(
+            pool.map(
+                lambda name: TASKS[name].item(split_seed("test", 3), Difficulty(depth=3)),
+                NAMES * 5,
+            )
+        )
+    assert again == wanted * 5
+    code = (
+        "from vicugna.tasks import *\n"
+        "for name in sorted(TASKS):\n"
+        "    print(ascii(TASKS[name].item(split_seed('test', 3), Difficulty(depth=3))))"
+    )
+    lines = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert lines == [ascii(item) for item in wanted]
+
+
+def test_reasoning_gym_is_imported_only_when_used() -> None:
+    code = "import sys, vicugna.tasks; print('reasoning_gym' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_final_line() -> None:
+    assert final_line("a\n  b   c \n \n") == "b c"
+    assert final_line(" \n") == ""

@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vicugna.errors import VicugnaError
+from vicugna.tokenizer import Tokenizer
+from vicugna.tokenizer.bpe import SPECIAL, VISIBLE
+
+TOOLS = [{"type": "function", "function": {"name": "add", "description": "Adds é <b> \"x\"",
+                                           "parameters": {"type": "object", "properties": {}}}}]
+USER = {"role": "user", "content": "\n  What is 2 + 3 < 7? "}
+SYSTEM = {"role": "system", "content": "Be brief.\n"}
+ANSWER = {"role": "assistant", "content": "5", "reasoning": "2+3=5"}
+CALL = {"role": "assistant", "content": "", "tool_calls": [
+    {"id": "1", "type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": "é"}}},
+    {"name": "add", "arguments": '{"a": 1}'}]}
+RESULT = {"role": "tool", "content": "{\"sum\": 5}"}
+CHATS: list[list[dict[str, Any]]] = [
+    [USER], [SYSTEM, USER], [SYSTEM, USER, ANSWER], [USER, ANSWER, USER],
+    [USER, {"role": "assistant", "content": "\n padded \n"}, USER],
+    [SYSTEM, USER, CALL, RESULT, ANSWER], [USER, CALL, RESULT]]
+benign = st.text(st.characters(codec="utf-8", exclude_characters="<"), max_size=40)
+
+
+@pytest.fixture(scope="session")
+def reference(tok: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tok.save(folder)
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def theirs(reference: Any, chat: list[dict[str, Any]], **options: Any) -> list[int]:
+    return list(reference.apply_chat_template(chat, tokenize=True, return_dict=False, **options))
+
+
+@pytest.mark.parametrize("chat", CHATS)
+@pytest.mark.parametrize("tools", [None, TOOLS])
+@pytest.mark.parametrize("prompt", [True, False])
+def test_transformers_renders_the_same(tok: Tokenizer, reference: Any, chat: list[dict[str, Any]],
+                                       tools: Any, prompt: bool) -> None:
+    assert tok.chat(chat, prompt, tools) == theirs(reference, chat, tools=tools,
+                                                   add_generation_prompt=prompt)
+
+
+@given(user=benign, answer=benign, reasoning=benign)
+@settings(deadline=None, max_examples=100)
+def test_transformers_renders_any_benign_text_the_same(
+        tok: Tokenizer, reference: Any, user: str, answer: str, reasoning: str) -> None:
+    chat = [{"role": "system", "content": user}, {"role": "user", "content": user},
+            {"role": "assistant", "content": answer, "reasoning": reasoning}]
+    assert tok.chat(chat, False) == theirs(reference, chat)
+    assert tok.chat_training(chat)[0] == theirs(reference, chat)
+
+
+def test_transformers_agrees_on_plain_text(tok: Tokenizer, reference: Any) -> None:
+    text = "Plain text, 12 34.\n\n\tEnd"
+    assert reference(text)["input_ids"] == [tok.bos_id, *tok.encode(text)]
+    assert reference.decode(tok.encode(text)) == text
+    assert (reference.bos_token_id, reference.eos_token_id, reference.pad_token_id) == (
+        tok.bos_id, tok.eos_ids[0], tok.pad_id)
+    kept = reference.decode([tok.bos_id, tok.id_of("<think>")], skip_special_tokens=True)
+    assert kept == "<think>" == tok.decode([tok.bos_id, tok.id_of("<think>") or 0])
+
+
+def controls(tok: Tokenizer, ids: list[int]) -> list[int]:
+    return [i for i in ids if i in tok.control_ids]
+
+
+hostile = st.lists(st.sampled_from(
+    [*SPECIAL, *VISIBLE, "<", "|", "<|eot", "_id|>", ">", "\n", " ", "x", "\ue000", "\ue001",
+     '"', "\\", "user"])).map("".join)
+
+
+@given(texts=st.lists(hostile, min_size=9, max_size=9))
+@settings(deadline=None, max_examples=200)
+def test_no_text_becomes_a_control_token(tok: Tokenizer, texts: list[str]) -> None:
+    def chat(t: list[str]) -> list[dict[str, Any]]:
+        return [{"role": "system", "content": t[0]}, {"role": "user", "content": t[1]},
+                {"role": "assistant", "content": t[2], "reasoning": "r" + t[3],
+                 "tool_calls": [{"name": t[4], "arguments": {t[5]: [t[6]]}}]},
+                {"role": "tool", "content": t[7]}]
+
+    tools = [{"name": texts[8], texts[8]: 1}]
+    ids = tok.chat(chat(texts), tools=tools)
+    benign_ids = tok.chat(chat(["x"] * 9), tools=[{"name": "x"}])
+    assert controls(tok, ids) == controls(tok, benign_ids)
+    text = tok.decode(ids, skip_special=False)
+    assert all(texts[i] in text for i in (0, 1, 3, 7)) and texts[2].strip() in text
+    training, mask = tok.chat_training(chat(texts))
+    assert controls(tok, training) == controls(tok, tok.chat(chat(["x"] * 9), False))
+    assert len(mask) == len(training)
+
+
+def test_a_role_cannot_smuggle(tok: Tokenizer) -> None:
+    with pytest.raises(VicugnaError, match="role must be"):
+        tok.chat([{"role": "user<|end_header_id|>", "content": "x"}])
+
+
+def test_literal_think_stays_text(tok: Tokenizer) -> None:
+    ids = tok.chat([USER, {"role": "assistant", "content": "<think>no</think>"}], False)
+    assert tok.id_of("<think>") not in ids
+
+
+@pytest.mark.parametrize("chat", CHATS)
+def test_loss_is_on_what_the_assistant_would_generate(tok: Tokenizer,
+                                                      chat: list[dict[str, Any]]) -> None:
+    ids, mask = tok.chat_training(chat)
+    assert ids == tok.chat(chat, add_generation_prompt=False)
+    wanted: list[int] = []
+    for index, message in enumerate(chat):
+        if message["role"] == "assistant":
+            prompt = tok.chat(chat[:index])
+            whole = tok.chat(chat[:index + 1], add_generation_prompt=False)
+            assert whole[:len(prompt)] == prompt
+            wanted += whole[len(prompt):]
+    assert [i for i, said in zip(ids, mask, strict=True) if said] == wanted
+    assert not wanted or wanted[-1] == tok.id_of("<|eot_id|>")
+
+
+def test_split_reasoning(tok: Tokenizer) -> None:
+    think, end = tok.id_of("<think>") or 0, tok.id_of("</think>") or 0
+    a, b = tok.encode("steps"), tok.encode("42")
+    eot = tok.eos_ids[1]
+    assert tok.split_reasoning([think, *a, end, *b, eot]) == ("steps", "42")
+    assert tok.split_reasoning([*a, end, *b]) == ("steps", "42")
+    assert tok.split_reasoning([think, *a]) == ("steps", "")
+    assert tok.split_reasoning([*b, eot]) == (None, "42")
+    assert tok.decode([think, *a, end, *b, eot]) == "<think>steps</think>42"
+
+
+@pytest.mark.parametrize("chat, where", [
+    ("hi", "messages"), ([], "messages"), (None, "messages"), (["hi"], "messages[0]"),
+    ([USER, {"role": "boss", "content": "x"}], "messages[1]"),
+    ([USER, {"content": "x"}], "messages[1]"), ([{"role": "user"}], "messages[0]"),
+    ([{"role": "user", "content": 3}], "messages[0]"),
+    ([{"role": ["user"], "content": "x"}], "messages[0]"),
+    ([USER, {"role": "assistant", "content": None}], "messages[1]"),
+    ([USER, {"role": "assistant", "content": "x", "reasoning": 1}], "messages[1]"),
+    ([USER, {"role": "assistant", "content": "x", "tool_calls": [{"name": 1}]}], "messages[1]"),
+    ([{"role": "user", "content": "x", "tool_calls": [{}]}], "messages[0]"),
+])
+def test_bad_messages_are_named(tok: Tokenizer, chat: Any, where: str) -> None:
+    for call in (tok.chat, tok.chat_training):
+        with pytest.raises(VicugnaError) as caught:
+            call(chat)
+        assert caught.value.where == where
+
+
+def test_training_needs_a_prompt_before_the_assistant(tok: Tokenizer) -> None:
+    with pytest.raises(VicugnaError, match="Begin with"):
+        tok.chat_training([ANSWER])
+
+
+def with_template(tok: Tokenizer, folder: Path, template: str) -> Tokenizer:
+    tok.save(folder)
+    (folder / "chat_template.jinja").write_text(template)
+    return Tokenizer(folder)
+
+
+@pytest.mark.parametrize("template", [
+    "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}",
+    "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "{{ 'a' * 10**9 }}", "{{ 10 ** 10 ** 10 }}", "{{ 'a'.ljust(10000) }}", "{{ '%9999999d' % 3 }}",
+    "{{ '{:99999999}'.format(3) }}", "{{ 'a' | center(10000) }}", "{{ lipsum() }}",
+    "{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}",
+    "{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}", "{{ cycler.__init__.__globals__ }}",
+    "{{ raise_exception('not like this') }}", "{% for x in messages %}", "{{ messages[9].role.x }}",
+])
+def test_a_hostile_or_broken_template_is_an_error(tok: Tokenizer, tmp_path: Path,
+                                                  template: str) -> None:
+    with pytest.raises(VicugnaError, match="chat template"):
+        with_template(tok, tmp_path, template).chat([USER])
+
+
+def test_a_template_that_trims_and_splits_is_safe(tok: Tokenizer, tmp_path: Path) -> None:
+    careless = with_template(
+        tok, tmp_path, "{{ bos_token }}{% for m in messages %}{{ m.content | trim }}"
+        "{{ m.content.split('x')[0] }}{{ m.content[:3] ~ m.content[3:] }}<|eot_id|>{% endfor %}")
+    ids = careless.chat([{"role": "user", "content": " <|eot_id|>x<|pad|> "}])
+    assert controls(tok, ids) == [tok.bos_id, tok.id_of("<|eot_id|>")]
+
+
+def test_running_out_of_private_characters_is_an_error(tok: Tokenizer) -> None:
+    every = "".join(map(chr, [*range(0xE000, 0xF900), *range(0xF0000, 0x10FFFE)]))
+    assert tok.chat([{"role": "user", "content": every}])
+    with pytest.raises(VicugnaError, match="private-use"):
+        tok.chat([{"role": "user", "content": every + "<"}])
+
+
+LLAMA_3 = (
+    "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = "
+    "'<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim "
+    "+ '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}"
+    "{{ content }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
+
+
+@pytest.mark.parametrize("chat", CHATS[:5])
+def test_the_template_of_llama_3(tok: Tokenizer, tmp_path: Path,
+                                 chat: list[dict[str, Any]]) -> None:
+    transformers = pytest.importorskip("transformers")
+    foreign = with_template(tok, tmp_path, LLAMA_3)
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert foreign.chat(chat) == theirs(reference, chat, add_generation_prompt=True)
+    ids, mask = foreign.chat_training(chat)
+    assert ids == theirs(reference, chat)
+    said = foreign.decode([i for i, m in zip(ids, mask, strict=True) if m], skip_special=False)
+    assert said == "".join(m["content"].strip() + "<|eot_id|>" for m in chat
+                           if m["role"] == "assistant")
