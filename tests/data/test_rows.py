@@ -140,7 +140,7 @@ def test_task_rows_are_whole_training_items(tok: Tokenizer, form: str) -> None:
         parts.pop()
     assert parts and (row.tokens != stream.row(4).tokens).any()
     for j, part in enumerate(parts):
-        item = draw_item(spec, stream.sources[0]._seed, 3, j)  # type: ignore[attr-defined]
+        item = draw_item(spec, "train", stream.sources[0]._seed, 3, j)  # type: ignore[attr-defined]
         assert tasks.split_of(item.seed) == "train" and 1 <= item.difficulty.depth <= 3
         if form == "chat":
             assert part == tok.chat_training([*item.messages, item.solution])[0]

@@ -64,8 +64,7 @@ def run_worker(work: Any) -> Any:
         try:
             return await work(running)
         finally:
-            if running._thread.is_alive():
-                await asyncio.to_thread(running.stop)
+            running.stop()
     return asyncio.run(main())
 
 
@@ -140,11 +139,13 @@ def test_stopping_ends_what_runs() -> None:
         running.submit(job)
         events = job.events()
         await anext(events)
-        await asyncio.to_thread(running.stop)
+        running.stop()
+        with pytest.raises(Busy, match="stopping"):
+            while True:
+                await anext(events)
         assert closed.is_set()
         with pytest.raises(Busy):
             running.submit(Job(counting(1)))
-        await events.aclose()
 
     run_worker(work)
 

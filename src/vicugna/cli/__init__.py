@@ -1,0 +1,65 @@
+"""The `vicugna` command: one file a verb, and how every verb ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+
+from vicugna.cli.bench import bench
+from vicugna.cli.chat import chat
+from vicugna.cli.eval import evaluate
+from vicugna.cli.info import info
+from vicugna.cli.ledger import ledger
+from vicugna.cli.release import release
+from vicugna.cli.run import run, train
+from vicugna.cli.serve import serve
+from vicugna.cli.verify import verify
+from vicugna.errors import VicugnaError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+                  help="Raise an open Llama-class language model through its whole life, "
+                       "and prove what it can do.")
+for verb in (run, train, chat, serve, release, verify, ledger, bench, info):
+    app.command()(verb)
+app.command("eval")(evaluate)
+
+
+@app.callback()
+def _options(debug: Annotated[bool, typer.Option(help="Show a traceback on errors.")] = False
+             ) -> None:
+    if debug:
+        os.environ["VICUGNA_DEBUG"] = "1"
+
+
+def main() -> NoReturn:
+    """Run the command line: exits 0 done, 1 the answer is no, 2 the input was wrong."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        code = app(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except VicugnaError as error:
+        _end(str(error), error.exit_code)
+    except typer.Exit as error:
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        _end("interrupted; the same command goes on from here", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception as error:
+        format_message = getattr(error, "format_message", None)
+        if format_message is None:
+            _end(f"unexpected {type(error).__name__}: {error}. Run with --debug for the place, "
+                 "and please report it", 2)
+        _end(format_message(), 2)
+
+
+def _end(line: str, code: int) -> NoReturn:
+    if os.environ.get("VICUGNA_DEBUG"):
+        raise  # noqa: PLE0704 - called while an exception is handled
+    print(f"vicugna: {' '.join(line.split())}", file=sys.stderr)
+    sys.exit(code)

@@ -2,7 +2,8 @@
 
 from vicugna.data.mixing import Stream, open_stream, texts
 from vicugna.data.packing import IGNORED, Batch, Row
+from vicugna.data.procedural import draw_item
 from vicugna.data.sources import SourceSpec, parse_specs
 
-__all__ = ["IGNORED", "Batch", "Row", "SourceSpec", "Stream", "open_stream", "parse_specs",
-           "texts"]
+__all__ = ["IGNORED", "Batch", "Row", "SourceSpec", "Stream", "draw_item", "open_stream",
+           "parse_specs", "texts"]

@@ -12,7 +12,7 @@ import numpy as np
 
 from vicugna import files
 from vicugna.data.cache import open_tokens
-from vicugna.data.packing import Batch, ChatRows, Row, Rows, TextRows, collate
+from vicugna.data.packing import Batch, ChatRows, Row, Rows, TextRows, collate, held_out
 from vicugna.data.procedural import TaskRows, as_text, draw_item
 from vicugna.data.sources import TASK, SourceSpec, parse_specs, plain_texts
 from vicugna.errors import VicugnaError
@@ -93,26 +93,37 @@ class Stream:
 
 
 def open_stream(specs: Sequence[str | dict[str, Any] | SourceSpec], tokenizer: Tokenizer,
-                seq_len: int, seed: int, cache_folder: str | Path) -> Stream:
+                seq_len: int, seed: int, cache_folder: str | Path, split: str = "train") -> Stream:
     """A stream of rows of `seq_len` + 1 tokens from a recipe's sources.
 
-    File sources are tokenised into `cache_folder` once. Raises VicugnaError for any source that
-    cannot be read, naming the file and line.
+    File sources are tokenised into `cache_folder` once. `split` is train or dev: no row of one is
+    ever a row of the other. A source too small to hold documents out has no share in dev. Raises
+    VicugnaError for any source that cannot be read, naming the file and line, and when no source
+    has anything in `split`.
     """
-    parsed = parse_specs(specs)
     sources: list[Rows] = []
-    for index, spec in enumerate(parsed):
+    weights: list[float] = []
+    for index, spec in enumerate(parse_specs(specs)):
         own_seed = int(files.digest_of([seed, index])[:12], 16)
         if spec.source.startswith(TASK):
-            sources.append(TaskRows(spec, tokenizer, seq_len, own_seed))
-            continue
-        tokens = open_tokens(spec, tokenizer, Path(cache_folder))
-        sources.append(
-            TextRows(tokens, seq_len, own_seed, spec.source) if tokens.mask is None else
-            ChatRows(tokens, seq_len, own_seed, tokenizer.pad_id, spec.source))
-    digest = files.digest_of([seed, seq_len, [[source.digest, spec.weight] for source, spec
-                                              in zip(sources, parsed, strict=True)]])
-    return Stream(sources, [spec.weight for spec in parsed], digest)
+            rows: Rows = TaskRows(spec, tokenizer, seq_len, own_seed, split)
+        else:
+            tokens = open_tokens(spec, tokenizer, Path(cache_folder))
+            documents = held_out(len(tokens.offsets) - 1, split)
+            held = np.diff(tokens.offsets)[documents]
+            if split == "dev" and (held.sum() <= seq_len or held.min() > seq_len):
+                continue
+            rows = (TextRows(tokens, seq_len, own_seed, spec.source, documents)
+                    if tokens.mask is None else
+                    ChatRows(tokens, seq_len, own_seed, tokenizer.pad_id, spec.source, documents))
+        sources.append(rows)
+        weights.append(spec.weight)
+    if not sources:
+        raise VicugnaError("no source is large enough to hold out documents", "sources",
+                           "Add data, or set validation_rows to 0")
+    digest = files.digest_of([seed, seq_len, split, [
+        [rows.digest, weight] for rows, weight in zip(sources, weights, strict=True)]])
+    return Stream(sources, weights, digest)
 
 
 def texts(specs: Sequence[str | dict[str, Any] | SourceSpec], limit_bytes: int = 16_000_000
@@ -123,7 +134,7 @@ def texts(specs: Sequence[str | dict[str, Any] | SourceSpec], limit_bytes: int =
     for spec in parsed:
         left = limit_bytes * spec.weight / total
         every = (plain_texts(spec) if not spec.source.startswith(TASK) else
-                 (as_text(draw_item(spec, 0, k, 0)) for k in count()))
+                 (as_text(draw_item(spec, "train", 0, k, 0)) for k in count()))
         for text in every:
             yield text[:int(left) + 1]
             left -= len(text.encode())

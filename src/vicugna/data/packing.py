@@ -72,6 +72,13 @@ def pack(documents: Sequence[tuple[np.ndarray, np.ndarray]], length: int, pad: i
     return Row(tokens, mask, positions)
 
 
+def held_out(count: int, split: str) -> np.ndarray:
+    """The documents of a file source that belong to `split`, int64: every 50th to dev, the others
+    to train. A source of fewer than 50 has no dev documents."""
+    index = np.arange(count)
+    return index[(index % 50 == 49) == (split == "dev")]
+
+
 def _random(seed: int, *path: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, *path])))
 
@@ -82,20 +89,22 @@ class TextRows:
     Neighbouring windows share one token, so every token but the first is a target once.
     """
 
-    def __init__(self, source: TokenFile, seq_len: int, seed: int, where: str) -> None:
+    def __init__(self, source: TokenFile, seq_len: int, seed: int, where: str,
+                 documents: np.ndarray) -> None:
         self.digest, self._source, self._length, self._seed = source.digest, source, seq_len, seed
+        self._documents = documents
         self._lengths = np.diff(source.offsets)
-        self.rows_per_epoch = (len(source.tokens) - 1) // seq_len
+        tokens = int(self._lengths[documents].sum())
+        self.rows_per_epoch = (tokens - 1) // seq_len
         if self.rows_per_epoch == 0:
-            raise VicugnaError(
-                f"{len(source.tokens)} tokens are fewer than one sequence ({seq_len} + 1)", where,
-                "Add text, or make the sequence shorter")
+            raise VicugnaError(f"{tokens} tokens are fewer than one sequence ({seq_len} + 1)",
+                               where, "Add text, or make the sequence shorter")
         self._plan: tuple[int, np.ndarray, np.ndarray, np.ndarray] | None = None
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         plan = self._plan
         if plan is None or plan[0] != epoch:
-            order = _random(self._seed, epoch, 0).permutation(len(self._lengths))
+            order = _random(self._seed, epoch, 0).permutation(self._documents)
             starts = np.concatenate([[0], np.cumsum(self._lengths[order])])
             windows = _random(self._seed, epoch, 1).permutation(self.rows_per_epoch)
             self._plan = plan = (epoch, order, starts, windows)
@@ -121,17 +130,18 @@ class TextRows:
 class ChatRows:
     """Each epoch: whole chats in a new order, packed next-fit. None is ever cut."""
 
-    def __init__(self, source: TokenFile, seq_len: int, seed: int, pad: int, where: str) -> None:
+    def __init__(self, source: TokenFile, seq_len: int, seed: int, pad: int, where: str,
+                 documents: np.ndarray) -> None:
         self.digest, self._source, self._seed, self._pad = source.digest, source, seed, pad
         self._length = seq_len + 1
         lengths = np.diff(source.offsets)
-        self._fitting = np.flatnonzero(lengths <= self._length)
-        self.left_out = len(lengths) - len(self._fitting)
+        self._fitting = documents[lengths[documents] <= self._length]
+        self.left_out = len(documents) - len(self._fitting)
         if not len(self._fitting):
             raise VicugnaError(f"every chat is longer than {self._length} tokens (the shortest has "
                                f"{lengths.min()})", where, "Make the sequence longer")
         if self.left_out:
-            print(f"warning: {where}: {self.left_out} of {len(lengths)} chats are longer than "
+            print(f"warning: {where}: {self.left_out} of {len(documents)} chats are longer than "
                   f"{self._length} tokens and are left out", file=sys.stderr)
         self._lengths = lengths
         self._ends: list[int] = []  # rows up to the end of each epoch planned so far

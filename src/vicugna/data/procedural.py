@@ -16,7 +16,7 @@ from vicugna.errors import VicugnaError
 from vicugna.tokenizer import Tokenizer
 
 _TRIES = 32
-_INDICES = 1 << 40  # of the training split
+_INDICES = 1 << 40  # of a split
 
 
 def _draw(rng: Random, amount: Amount) -> float:
@@ -27,8 +27,9 @@ def _draw(rng: Random, amount: Amount) -> float:
     return rng.randint(int(low), int(high)) if whole else rng.uniform(low, high)
 
 
-def draw_item(spec: SourceSpec, seed: int, k: int, j: int, length: int | None = None) -> tasks.Item:
-    """Item j of row k, of the training split; its context has `length` characters if given."""
+def draw_item(spec: SourceSpec, split: str, seed: int, k: int, j: int,
+              length: int | None = None) -> tasks.Item:
+    """Item j of row k, of `split`; its context has `length` characters if given."""
     name = f"{seed}/{spec.source}/{spec.difficulty}/{k}/{j}"
     rng = Random(name)
     drawn = {key: _draw(rng, amount) for key, amount in spec.difficulty.items()}
@@ -37,7 +38,7 @@ def draw_item(spec: SourceSpec, seed: int, k: int, j: int, length: int | None = 
     if tokens is not None:
         difficulty = replace(difficulty, length=int(3 * tokens) if length is None else length)
     index = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % _INDICES
-    return tasks.get(spec.source.removeprefix(TASK)).item(tasks.split_seed("train", index),
+    return tasks.get(spec.source.removeprefix(TASK)).item(tasks.split_seed(split, index),
                                                           difficulty)
 
 
@@ -49,10 +50,12 @@ def as_text(item: tasks.Item) -> str:
 
 
 class TaskRows:
-    """Row k holds items (k, 0), (k, 1), ... of the training split, until the next does not fit."""
+    """Row k holds items (k, 0), (k, 1), ... of `split`, until the next does not fit."""
 
-    def __init__(self, spec: SourceSpec, tokenizer: Tokenizer, seq_len: int, seed: int) -> None:
+    def __init__(self, spec: SourceSpec, tokenizer: Tokenizer, seq_len: int, seed: int,
+                 split: str) -> None:
         self._spec, self._tokenizer, self._length, self._seed = spec, tokenizer, seq_len + 1, seed
+        self._split = split
         self.digest = files.digest_of([spec.model_dump(exclude={"weight"}), tokenizer.digest])
         least = spec.difficulty.get("length_tokens", 0)
         self._least = least[0] if isinstance(least, list) else least
@@ -105,7 +108,7 @@ class TaskRows:
         return slope, max(0.0, tokens[0] - short / slope)
 
     def _made(self, k: int, j: int, length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        item = draw_item(self._spec, self._seed, k, j, length)
+        item = draw_item(self._spec, self._split, self._seed, k, j, length)
         if self._spec.form == "text":
             ids = self._tokenizer.encode(as_text(item))
             ids = [self._tokenizer.bos_id, *ids, self._tokenizer.eos_ids[0]]

@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vicugna import files, tasks
 from vicugna.errors import VicugnaError
@@ -37,6 +37,11 @@ class SourceSpec(BaseModel):
     split: str = "train"  # hf:
     form: Literal["chat", "text"] = "chat"  # task:
     difficulty: dict[str, Amount] = {}  # task: numbers or [low, high], drawn per item
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare(cls, value: Any) -> Any:
+        return {"source": value} if isinstance(value, str) else value
 
 
 @dataclass(frozen=True)
@@ -66,8 +71,7 @@ def parse_specs(specs: Sequence[str | dict[str, Any] | SourceSpec],
 
 def _parse_spec(spec: str | dict[str, Any] | SourceSpec, where: str) -> SourceSpec:
     try:
-        parsed = spec if isinstance(spec, SourceSpec) else SourceSpec.model_validate(
-            {"source": spec} if isinstance(spec, str) else spec)
+        parsed = spec if isinstance(spec, SourceSpec) else SourceSpec.model_validate(spec)
     except ValidationError as error:
         first = error.errors()[0]
         key = str(first["loc"][0]) if first["loc"] else ""

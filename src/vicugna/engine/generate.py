@@ -213,16 +213,16 @@ def _steps(network: nn.Module, rows: list[_Row], cancelled: Cancelled
             positions_B1 = positions_B1[alive]
             cache.keep(alive)
             sampler.keep(alive)
-        tokens_B1 = torch.tensor(tokens, device=device)[:, None]
+        tokens_B1 = positions_B1.new_tensor(tokens)[:, None]
         hidden_BD = network(tokens_B1, positions_B1, cache)[:, -1]
-        positions_B1 = positions_B1 + 1
+        positions_B1 += 1
     yield [(row.number, row.end("cancelled")) for row in rows if not row.done]
 
 
 def _prefill(network: nn.Module, prompts: list[tuple[int, ...]], device: torch.device,
              cancelled: Cancelled) -> tuple[Cache, Tensor | None]:
-    """Read the prompts, equal ones once: the cache, and each row's last hidden state [B, D], or
-    None when cancelled."""
+    """Read the prompts, equal ones once: the cache, and the last hidden states [B, D] or, when
+    cancelled, None."""
     distinct = list(dict.fromkeys(prompts))
     longest = max(map(len, distinct))
     pads = [longest - len(prompt) for prompt in distinct]
@@ -239,8 +239,7 @@ def _prefill(network: nn.Module, prompts: list[tuple[int, ...]], device: torch.d
         hidden_BTD = network(tokens_BT[:, here], positions_BT[:, here], cache)
     hidden_BD = hidden_BTD[:, -1]
     if len(distinct) < len(prompts):
-        where = {prompt: b for b, prompt in enumerate(distinct)}
-        rows = [where[prompt] for prompt in prompts]
+        rows = list(map({prompt: b for b, prompt in enumerate(distinct)}.__getitem__, prompts))
         cache.keep(rows)
         hidden_BD = hidden_BD[rows]
     return cache, hidden_BD

@@ -20,8 +20,8 @@ FITTING_TRIES = 40
 class Spec:
     """`n` items of one task at one difficulty, asked of the model under the name `group`.
 
-    `length_tokens` sets the difficulty's length so that the rendered prompt has between 95% and
-    100% of that many tokens.
+    `length_tokens` sets the difficulty's length so that the rendered prompt has that many tokens
+    or at most 5% (16 where that is more) fewer.
     """
 
     group: str
@@ -151,7 +151,7 @@ def _fitted(task: Task, seed: int, difficulty: Difficulty, spec: Spec,
     target, low, high, nearest = spec.length_tokens, 0, 0, 0
     for _ in range(FITTING_TRIES):
         count = len(tokenizer.chat(task.item(seed, difficulty).messages))
-        if 0.95 * target <= count <= target:
+        if target - max(0.05 * target, 16) <= count <= target:
             return difficulty
         length = difficulty.length
         low, high = (low, length) if count > target else (length, high)

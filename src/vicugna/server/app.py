@@ -238,9 +238,11 @@ def create_app(model: Model, name: str, hosts: frozenset[str] | None = None,
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         server.worker.start()
         yield
-        await asyncio.to_thread(server.worker.stop)
+        server.worker.stop()
+        await asyncio.to_thread(server.worker.join)
 
     app = FastAPI(title="Vicugna", lifespan=lifespan, openapi_url=None, redirect_slashes=False)
+    app.state.worker = server.worker
     app.add_middleware(Guard, hosts=hosts, api_key=api_key)
     for kind in (ApiError, VicugnaError, HTTPException, Exception):
         app.add_exception_handler(kind, _on_error)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import ipaddress
 import signal
 import socket
 from collections.abc import Callable
+from typing import Any
 
 import uvicorn
 
@@ -58,6 +60,15 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
+class _Server(uvicorn.Server):
+    """Once the time to end is over, answers under way end with an error that says why."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        app: Any = self.config.app
+        asyncio.get_running_loop().call_later(DRAIN_SECONDS, app.state.worker.stop)
+        await super().shutdown(sockets)
+
+
 def run(model: Model, name: str, bound: socket.socket, host: str, api_key: str | None,
         ready: Callable[[str], None]) -> None:
     """Serve on `bound` until SIGINT or SIGTERM; answers under way get `DRAIN_SECONDS` to end.
@@ -66,11 +77,12 @@ def run(model: Model, name: str, bound: socket.socket, host: str, api_key: str |
     """
     shown = f"[{host}]" if ":" in host else host
     hosts = LOCAL_NAMES | {shown.lower()} if is_loopback(host) else None
-    config = uvicorn.Config(create_app(model, name, hosts, api_key), log_level="warning",
-                            access_log=False, server_header=False, ws="none", proxy_headers=False,
-                            timeout_graceful_shutdown=DRAIN_SECONDS)
+    app = create_app(model, name, hosts, api_key)
+    config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False,
+                            ws="none", proxy_headers=False,
+                            timeout_graceful_shutdown=DRAIN_SECONDS + 5)
     # uvicorn raises the signal again once it has stopped: by then it has been obeyed.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
     ready(f"http://{shown}:{bound.getsockname()[1]}")
-    uvicorn.Server(config).run(sockets=[bound])
+    _Server(config).run(sockets=[bound])

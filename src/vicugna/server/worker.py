@@ -45,23 +45,30 @@ class Job:
 
     def step(self) -> bool:
         """Advance once; False when the job is over. Never raises: errors go to `events`."""
-        event: Any = _END
+        if self.cancelled():
+            self.end()
+            return False
         try:
-            if self.cancelled():
-                self._steps.close()
-            else:
-                event = next(self._steps, _END)
+            event = next(self._steps, _END)
         except Exception as error:
             event = error
             if not isinstance(error, VicugnaError):
                 logging.getLogger(__name__).exception("generation failed")
+        self._post(event)
+        return not (event is _END or isinstance(event, Exception))
+
+    def end(self, event: Any = _END) -> None:
+        """Give the job up, with `event` as its last."""
+        self._steps.close()
+        self._post(event)
+
+    def _post(self, event: Any) -> None:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._events.put_nowait, event)
-        return not (event is _END or isinstance(event, Exception))
 
 
 class Worker:
-    """Start with `start()`, feed with `submit(job)`, end with `stop()`, which cancels what is left.
+    """Start with `start()`, feed with `submit(job)`, end with `stop()`.
 
     A long answer never blocks a short one: up to `RUNNING` jobs take turns, one token each.
     """
@@ -71,7 +78,7 @@ class Worker:
         self._changed = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._work, name="generation", daemon=True)
-        self.start = self._thread.start
+        self.start, self.join = self._thread.start, self._thread.join
 
     def submit(self, job: Job) -> None:
         """Queue a job. Raises Busy when the queue is full or the worker is stopping."""
@@ -83,10 +90,10 @@ class Worker:
             self._changed.notify()
 
     def stop(self) -> None:
+        """Take no more, and end what runs with a Busy error; returns at once."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
-        self._thread.join()
 
     def _work(self) -> None:
         running: deque[Job] = deque()
@@ -101,5 +108,4 @@ class Worker:
             if job.step():
                 running.append(job)
         for job in running:
-            job.cancel()
-            job.step()
+            job.end(Busy("the server is stopping"))

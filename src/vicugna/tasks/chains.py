@@ -10,6 +10,9 @@ from vicugna.tasks.task import Difficulty, Item, draw, final_line, make_item
 
 _LARGEST = 19  # the state of `steps` stays in 0..19, so that one step is a small table
 
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+_PAIRS = [a + b for a in _LETTERS for b in _LETTERS if a != b]
+
 
 @dataclass(frozen=True)
 class Worked:
@@ -44,25 +47,27 @@ class Chain:
 
 
 def _work_steps(rng: Random, difficulty: Difficulty) -> Worked:
-    """Additions, subtractions and doublings that stay within 0..19."""
+    """Additions, subtractions and doublings that stay within 0..19, each with a random name.
+
+    The names let a solver find the next step by what stands beside the last, at any depth.
+    """
     state = rng.randint(0, _LARGEST)
-    words, steps = [f"Start with {state}."], []
-    for _ in range(difficulty.depth):
-        add = [("Add", "+", k) for k in range(1, min(9, _LARGEST - state) + 1)]
-        subtract = [("Subtract", "-", k) for k in range(1, min(9, state) + 1)]
-        double = [("Double", "*", 2)] if 0 < 2 * state <= _LARGEST else []
-        kind = rng.choice([options for options in (add, subtract, double) if options])
-        verb, sign, k = rng.choice(kind)
+    words, steps = [f"Start with {state}."], [f"start {state}"]
+    for name in rng.sample(_LETTERS if difficulty.depth <= 26 else _PAIRS, difficulty.depth):
+        add = [("+", k) for k in range(1, min(9, _LARGEST - state) + 1)]
+        subtract = [("-", k) for k in range(1, min(9, state) + 1)]
+        double = [("*", 2)] if 0 < 2 * state <= _LARGEST else []
+        sign, k = rng.choice(rng.choice([kind for kind in (add, subtract, double) if kind]))
         after = {"+": state + k, "-": state - k, "*": state * k}[sign]
-        words.append("Double it." if sign == "*" else f"{verb} {k}.")
-        steps.append(f"{state}{sign}{k}={after}")
+        words.append(f"{name}: {sign}{k}.")
+        steps.append(f"{name} {state}{sign}{k}={after}")
         state = after
     return Worked(" ".join(words), steps, str(state))
 
 
 def _work_swaps(rng: Random, difficulty: Difficulty) -> Worked:
     """Letters under cups in a row, two places exchanged at a time; `count` + 3 cups."""
-    cups = rng.sample("abcdefghijklmnopqrstuvwxyz", min(26, difficulty.count + 3))
+    cups = rng.sample(_LETTERS, min(26, difficulty.count + 3))
     words, steps = [f"Cups: {' '.join(cups)}."], []
     for _ in range(difficulty.depth):
         i, j = sorted(rng.sample(range(len(cups)), 2))

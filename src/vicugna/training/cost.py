@@ -30,11 +30,10 @@ def flops_per_token(network: nn.Module, length: int) -> float:
                      if name.endswith(("gate_up_proj", "mlp.down_proj")))
         matrices -= inside * (1 - config.num_experts_per_tok / experts)
     matrices += config.vocab_size * config.hidden_size
-    window = getattr(config, "sliding_window", None)
-    visible = 0.0
-    for layer in range(config.num_hidden_layers):
-        local = window is not None and not config.is_global(layer)
-        visible += min(length / 2, window) if local else length / 2
+    window = float(getattr(config, "sliding_window", length))
+    everything = getattr(config, "is_global", lambda layer: True)
+    visible = sum(length / 2 if everything(layer) else min(length / 2, window)
+                  for layer in range(config.num_hidden_layers))
     return 6.0 * matrices + 12.0 * visible * config.num_attention_heads * config.head_dim
 
 

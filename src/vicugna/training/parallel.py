@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -22,12 +22,17 @@ class Ranks:
 
     rank: int = 0
     world: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
     def first(self) -> bool:
         """Whether this process writes the files that only one may write."""
         return self.rank == 0
+
+    def wait(self) -> None:
+        """Go on when every rank is here."""
+        if self.world > 1:
+            dist.barrier()
 
     def total(self, *values: float) -> list[float]:
         """The sum over all ranks of each value (float64)."""

@@ -117,7 +117,9 @@ class EvalSpec(Strict):
 class ReleaseSpec(Strict):
     name: str = "vicugna"
     purpose: Literal["research", "product"] = "research"
-    licence: str = "apache-2.0"
+    licence: str = "Apache-2.0"
+    summary: str = ""
+    limits: tuple[str, ...] = ()
 
 
 class DataSpec(Strict):

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -38,7 +37,7 @@ def save(folder: Path, module: nn.Module, optimisers: Sequence[torch.optim.Optim
             for file in shared.iterdir():
                 file.rename(temporary / file.name)
         shared.rmdir()
-    dist.barrier()
+    ranks.wait()
 
 
 def load(folder: Path, module: nn.Module, optimisers: Sequence[torch.optim.Optimizer],
@@ -46,8 +45,7 @@ def load(folder: Path, module: nn.Module, optimisers: Sequence[torch.optim.Optim
     """Restore what `save` wrote and return its `progress`; None when there is no state yet."""
     if ranks.first:
         sweep_temporaries(folder)
-    if ranks.world > 1:
-        dist.barrier()
+    ranks.wait()
     if not (folder / STATE).exists():
         return None
     weights, optimiser = get_state_dict(module, list(optimisers))

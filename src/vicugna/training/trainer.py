@@ -79,8 +79,9 @@ def train(network: nn.Module, batch_of: Callable[[int], WeightedBatch], spec: St
             done = {"step": step + 1, "skipped": done["skipped"] + (bad > 0),
                     "tokens": done["tokens"] + tokens, "seconds": done["seconds"] + seconds,
                     "flops": done["flops"] + flops}
-            row = {"step": step, "loss": loss, "grad_norm": norm, "lr": opts[0].param_groups[0]["lr"],
-                   "tokens": done["tokens"], "tokens_per_second": tokens / seconds,
+            row = {"step": step, "loss": loss, "grad_norm": norm,
+                   "lr": opts[0].param_groups[0]["lr"], "tokens": done["tokens"],
+                   "tokens_per_second": tokens / seconds,
                    "mfu": flops / seconds / rate, "skipped": done["skipped"], **batch.extra}
             if validate is not None:
                 network.eval()
@@ -95,7 +96,9 @@ def train(network: nn.Module, batch_of: Callable[[int], WeightedBatch], spec: St
     if metrics is not None:
         metrics.close()
     network.eval()
-    return {**done, "peak_memory": cost.peak_memory()}
+    return {"tokens": done["tokens"], "flops": done["flops"],
+            "device_seconds": done["seconds"] * ranks.world, "skipped": done["skipped"],
+            "peak_memory_bytes": cost.peak_memory()}
 
 
 def _step(module: nn.Module, network: nn.Module, opts: list[torch.optim.Optimizer],

@@ -1,0 +1,39 @@
+"""`vicugna ledger`: every attempt ever made in a workspace."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vicugna.errors import VicugnaError
+
+
+def ledger(
+    workspace: Annotated[Path, typer.Argument(envvar="VICUGNA_WORKSPACE",
+                                              help="Where the ledger is.")] = Path("runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """List all attempts, with lineage, cost and outcome; exit 1 if the chain is broken."""
+    from vicugna.release import Ledger
+
+    from . import output
+
+    path = workspace / "ledger.sqlite"
+    if not path.exists():
+        raise VicugnaError("no ledger here yet", str(path), "Run a recipe first")
+    book = Ledger(path)
+    problem, attempts = book.check(), book.attempts()
+    if as_json:
+        output.as_json({"intact": problem is None, "problem": problem,
+                        "attempts": [asdict(one) for one in attempts]})
+    else:
+        output.table(str(path), ("attempt", "outcome", "opened", "made", "from", "tokens", "s"),
+                     ((one.id, one.outcome, one.opened[:16], str(one.result.get("digest", ""))[:8],
+                       " ".join(parent[:8] for parent in one.parents),
+                       f"{one.cost.get('tokens', 0):,}",
+                       f"{one.cost.get('device_seconds', 0):,.0f}") for one in attempts), 5)
+        print(f"The chain is broken at {problem}" if problem else "The chain is intact.")
+    raise typer.Exit(1 if problem else 0)

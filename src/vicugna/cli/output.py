@@ -1,0 +1,41 @@
+"""What verbs print: one JSON object on standard output, or tables for people."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from vicugna.evals import Row
+
+
+def say(line: str) -> None:
+    """A line for people, on standard error."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def as_json(value: Any) -> None:
+    """The one JSON object of a `--json` call, on standard output."""
+    print(json.dumps(value, ensure_ascii=False), flush=True)
+
+
+def table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]], right: int = 1) -> None:
+    """A table on standard output; the columns from `right` on are aligned to the right."""
+    made = Table(title=title, title_justify="left")
+    for number, name in enumerate(head):
+        made.add_column(name, justify="right" if number >= right else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 110).print(made)
+
+
+def scores(title: str, rows: Iterable[Row]) -> None:
+    """An evaluation's table."""
+    table(title, ("group", "task", "difficulty", "n", "accuracy", "95% interval", "err", "cut"),
+          ((row.group, row.task, row.difficulty, str(row.n), f"{row.accuracy:.1%}",
+            f"{row.low:.1%} - {row.high:.1%}", str(row.error), str(row.truncated))
+           for row in rows), right=3)

@@ -1,0 +1,38 @@
+"""`vicugna release`: a release whose every number is bound to its bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vicugna.errors import VicugnaError
+
+
+def release(
+    run: Annotated[Path, typer.Argument(help="A run's folder, such as runs/speedrun.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Make the release of a finished RUN; refused (exit 1) when its evidence does not hold."""
+    from vicugna.files import read_json
+    from vicugna.run import live
+    from vicugna.training.parallel import Ranks
+    from vicugna.training.recipe import ReleaseSpec, read
+
+    from . import output
+
+    if not (run / "recipe.yaml").exists():
+        raise VicugnaError("not a run's folder: it has no recipe.yaml", str(run),
+                           "Give the folder that vicugna run made")
+    recipe = read(run / "recipe.yaml")
+    if recipe.release is None:
+        recipe = recipe.model_copy(update={"release": ReleaseSpec(name=recipe.name)})
+    done = live(recipe, run, Ranks(), "release", output.say)
+    folder = done.place("release") / "release"
+    manifest = read_json(folder / "manifest.json")
+    if as_json:
+        output.as_json({"release": str(folder), "release_digest": manifest["release_digest"],
+                        "model_digest": manifest["model_digest"]})
+    else:
+        print(f"Release: {folder}\nDigest:  {manifest['release_digest']}")

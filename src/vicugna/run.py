@@ -1,0 +1,374 @@
+"""A run: one recipe's life in one folder, stage by stage, going on wherever it was stopped.
+
+    runs/NAME/  recipe.yaml  report.html  NN-STAGE/{stage.json, checkpoint/, state/, metrics.jsonl}
+    runs/ledger.sqlite
+
+A stage is done when its stage.json is there, and is not run again while the digest of its inputs
+stays the same. What an edited recipe makes obsolete is moved aside, never deleted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+import vicugna
+from vicugna import checkpoint, data, evals, models, progress, tokenizer
+from vicugna.errors import VicugnaError
+from vicugna.files import (
+    digest_of,
+    owned,
+    read_json,
+    replacing_folder,
+    sweep_temporaries,
+    write_json,
+    write_text,
+)
+from vicugna.model import Model
+from vicugna.release import About, Ledger, make_release
+from vicugna.release.report import write_report
+from vicugna.training import cost, learn
+from vicugna.training.parallel import Ranks
+from vicugna.training.recipe import STAGES, Recipe
+
+FORMAT = 1
+TRAINED = ("pretrain", "sft", "rl")
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a stage made: the digest of its output, and what it cost."""
+
+    digest: str
+    cost: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe being lived in `folder`; `ledger` is its workspace's."""
+
+    recipe: Recipe
+    folder: Path
+    ledger: Ledger
+    ranks: Ranks
+
+    def place(self, stage: str) -> Path:
+        """The stage's folder."""
+        return self.folder / f"{STAGES.index(stage) + 1:02}-{stage}"
+
+    def done(self, stage: str) -> dict[str, Any] | None:
+        """What the finished stage's stage.json says, or None."""
+        path = self.place(stage) / "stage.json"
+        return read_json(path) if path.exists() else None
+
+    @property
+    def stages(self) -> list[str]:
+        """The recipe's stages, in order."""
+        return [s for s in STAGES if s == "tokenizer" or getattr(self.recipe, s) is not None]
+
+    def before(self, stage: str) -> str | None:
+        """The last training stage ahead of `stage`, whose weights it starts from."""
+        earlier = [s for s in TRAINED if s in self.stages and STAGES.index(s) < STAGES.index(stage)]
+        return earlier[-1] if earlier else None
+
+
+def live(recipe: Recipe, folder: Path, ranks: Ranks, only: str | None = None,
+         say: Callable[[str], None] = lambda line: None) -> Run:
+    """Live the recipe in `folder`, from where it was stopped; with `only`, just that stage.
+
+    Raises VicugnaError when another process uses the folder, when it holds another format, and
+    whatever a stage raises. Interrupted or killed, the same call goes on.
+    """
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    run = Run(recipe, folder, Ledger(folder.parent / "ledger.sqlite"), ranks)
+    if only is not None and only not in run.stages:
+        raise VicugnaError(f"the recipe has no stage {only!r}", "--stage",
+                           f"Its stages are {', '.join(run.stages)}")
+    with _claimed(run):
+        for stage in run.stages:
+            if only is not None and stage != only:
+                if run.stages.index(stage) < run.stages.index(only) and not run.done(stage):
+                    raise VicugnaError(f"stage {stage} is not done", str(folder),
+                                       f"Run it first: --stage {stage}")
+                continue
+            _live_stage(run, stage, say)
+            ranks.wait()
+        if ranks.first:
+            write_report(folder, run.ledger.path)
+    return run
+
+
+@contextmanager
+def _claimed(run: Run) -> Iterator[None]:
+    """The run's folder, for this process group alone, with this recipe in it."""
+    if not run.ranks.first:
+        run.ranks.wait()
+        yield
+        return
+    with owned(run.folder):
+        sweep_temporaries(run.folder)
+        marker = run.folder / "run.json"
+        held = read_json(marker).get("format") if marker.exists() else FORMAT
+        if held != FORMAT:
+            raise VicugnaError(f"a run of format {held}, not {FORMAT}", str(run.folder),
+                               "Choose another folder, or the version of vicugna that made it")
+        write_json(marker, {"format": FORMAT})
+        write_text(run.folder / "recipe.yaml",
+                   yaml.safe_dump(run.recipe.model_dump(mode="json"), sort_keys=False))
+        run.ranks.wait()
+        yield
+
+
+def _live_stage(run: Run, stage: str, say: Callable[[str], None]) -> None:
+    place = run.place(stage)
+    inputs, data_digest, parents = _inputs(run, stage)
+    done = run.done(stage)
+    if done is not None and done["inputs"] == inputs:
+        say(f"{stage}: done before")
+        return
+    run.ranks.wait()
+    attempt = ""
+    if run.ranks.first:
+        _clear(place, inputs, say)
+        write_json(place / "started.json", {"inputs": inputs})
+        attempt = "" if stage == "eval" else run.ledger.open(  # each evaluation has its own
+            stage, run.recipe.release.purpose if run.recipe.release else "research",
+            run.recipe.digest, code_version(), data_digest, parents, str(run.folder.resolve()))
+    run.ranks.wait()
+    say(f"{stage}: begins")
+    with _recorded(run, attempt):
+        made = WORK[stage](run, place)
+        if run.ranks.first:
+            if attempt:
+                run.ledger.close(attempt, "done", made.cost, {"digest": made.digest})
+            write_json(place / "stage.json", {"stage": stage, "inputs": inputs, "cost": made.cost,
+                                              "output": made.digest, "attempt": attempt})
+
+
+@contextmanager
+def _recorded(run: Run, attempt: str) -> Iterator[None]:
+    """Close the attempt when the stage fails or is interrupted; name what memory would fit."""
+    try:
+        yield
+    except BaseException as error:
+        _fail(run.ledger, attempt, error)
+        if isinstance(error, MemoryError) or "allocate memory" in str(error) or isinstance(
+                error, torch.OutOfMemoryError):
+            raise VicugnaError(
+                "memory ran out", str(run.folder), "Set micro_rows to half of rows or less, or "
+                "lower sequence_length; in rl, lower prompts") from error
+        raise
+
+
+def _fail(ledger: Ledger, attempt: str, error: BaseException) -> None:
+    """Close an attempt, if there is one, that ended in `error`."""
+    if attempt:
+        ledger.close(attempt, "failed" if isinstance(error, Exception) else "interrupted",
+                     {"peak_memory_bytes": cost.peak_memory()}, {"error": str(error)[:500]})
+
+
+def _clear(place: Path, inputs: str, say: Callable[[str], None]) -> None:
+    """Ready the stage's folder: tidy what was killed, move aside what had other inputs."""
+    if place.exists():
+        started = place / "started.json"
+        if not started.exists() or read_json(started).get("inputs") != inputs:
+            number = 1
+            while (aside := place.with_name(f"{place.name}.old-{number}")).exists():
+                number += 1
+            place.rename(aside)
+            say(f"{place.name}: its inputs changed; the old one is kept as {aside.name}")
+    place.mkdir(parents=True, exist_ok=True)
+    sweep_temporaries(place)
+
+
+def code_version() -> str:
+    """The package's version and the digest of its source files."""
+    root = Path(vicugna.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return f"{vicugna.__version__}+{digest.hexdigest()[:12]}"
+
+
+def _inputs(run: Run, stage: str) -> tuple[str, str, list[str]]:
+    """(digest of all that decides what the stage makes, digest of its data, its parents')."""
+    recipe = run.recipe
+    spec = getattr(recipe, stage)
+    said = {"stage": stage, "seed": recipe.seed, "spec": spec.model_dump(mode="json")}
+    earlier = run.before(stage)
+    parents = [_output(run, s) for s in ([earlier] if earlier else ["tokenizer"])
+               if stage != "tokenizer"]
+    data_digest = ""
+    if stage == "tokenizer":
+        said |= {"start": recipe.model.start,
+                 "texts": [s.model_dump(mode="json") for s in _texts(recipe)]}
+        data_digest = digest_of(said["texts"])
+    elif stage in ("pretrain", "sft"):
+        data_digest = learn.open_stream(_tokenizer(run), spec, recipe.seed, _cache(run)).digest
+        said["model"] = recipe.model.model_dump(mode="json")
+    elif stage == "eval":
+        parents = [_output(run, s) for s in _evaluated(run)]
+    elif stage == "release":
+        parents += [_output(run, "eval")]
+    return digest_of({**said, "data": data_digest, "parents": parents}), data_digest, parents
+
+
+def _output(run: Run, stage: str) -> str:
+    done = run.done(stage)
+    if done is None:
+        raise VicugnaError(f"stage {stage} is not done", str(run.folder),
+                           f"Run it first: --stage {stage}")
+    return str(done["output"])
+
+
+def _cache(run: Run) -> Path:
+    return run.folder / "tokens"
+
+
+def _tokenizer(run: Run) -> tokenizer.Tokenizer:
+    return tokenizer.Tokenizer(run.place("tokenizer") / "checkpoint")
+
+
+def _texts(recipe: Recipe) -> list[data.SourceSpec]:
+    """What the tokenizer learns from: the corpus, and the files and tasks of later stages."""
+    later = [s for spec in (recipe.pretrain, recipe.sft) if spec is not None for s in spec.sources]
+    chosen = {s.source: s for s in [*later, *recipe.data.sources]}
+    return [s.model_copy(update={"weight": 1.0}) for s in chosen.values()]
+
+
+def _make_tokenizer(run: Run, place: Path) -> Made:
+    spec, start = run.recipe.tokenizer, run.recipe.model.start
+    if not run.ranks.first:
+        return Made("", {})
+    if start is not None:
+        made = checkpoint.read(start).tokenizer
+        if made is None:
+            raise VicugnaError("the checkpoint has no tokenizer", start, "Add its tokenizer files")
+    else:
+        sources = _texts(run.recipe)
+        made = tokenizer.train(data.texts(sources, spec.bytes_per_source * len(sources)),
+                               spec.vocab_size)
+    with replacing_folder(place / "checkpoint") as folder:
+        made.save(folder)
+    return Made(made.digest, {"peak_memory_bytes": cost.peak_memory()})
+
+
+def _load(run: Run, stage: str) -> Model:
+    """The checkpoint that a finished stage made; VicugnaError if it was changed since."""
+    model = vicugna.load(run.place(stage) / "checkpoint")
+    if model.digest != _output(run, stage):
+        raise VicugnaError("the checkpoint is not the one this stage made",
+                           str(run.place(stage) / "checkpoint"),
+                           "Restore it, or delete the stage's folder to make it again")
+    return model
+
+
+def _start(run: Run, stage: str) -> Model:
+    """The model that a training stage starts from."""
+    earlier, spec = run.before(stage), run.recipe.model
+    if earlier is not None:
+        return _load(run, earlier)
+    if spec.start is not None:
+        return vicugna.load(spec.start)
+    tok = _tokenizer(run)
+    network = models.build(spec.config(tok.vocab_size))
+    models.initialise(network, run.recipe.seed)
+    return Model(network, tok)
+
+
+def _train(run: Run, place: Path) -> Made:
+    stage = place.name.split("-", 1)[1]
+    model, recipe = _start(run, stage), run.recipe
+    tok = model.tokenizer
+    assert tok is not None
+    if stage == "rl":
+        assert recipe.rl is not None
+        spent = learn.from_rewards(model.network, tok, recipe.rl, recipe.seed, place, stage,
+                                   run.ranks)
+    else:
+        spec = recipe.pretrain if stage == "pretrain" else recipe.sft
+        assert spec is not None
+        spent = learn.from_data(model.network, tok, spec, recipe.seed, place, _cache(run), stage,
+                                run.ranks)
+    model = Model(learn.whole(model.network), tok, model.generation_config)
+    if not run.ranks.first:
+        return Made("", spent)
+    model.save(place / "checkpoint")
+    return Made(model.digest, spent)
+
+
+def _evaluated(run: Run) -> list[str]:
+    """The stages whose models are evaluated, the final one last."""
+    final = run.before("eval")
+    if final is None:
+        raise VicugnaError("nothing to evaluate: the recipe trains no model", "eval",
+                           "Add a pretrain or sft stage")
+    assert run.recipe.eval is not None
+    return [s for s in run.recipe.eval.compare if s in run.stages and s != final] + [final]
+
+
+def _evaluate(run: Run, place: Path) -> Made:
+    spec = run.recipe.eval
+    assert spec is not None
+    if not run.ranks.first:
+        return Made("", {})
+    digests = []
+    for stage in _evaluated(run):
+        model = _load(run, stage)
+        assert model.tokenizer is not None
+        plan = evals.build_plan(spec.groups, model.tokenizer)
+        digests.append(evaluate(model, plan, spec.batch, place / stage, run.ledger,
+                                run.recipe.digest, str(run.folder.resolve())).digest)
+    return Made(digest_of(digests), {"peak_memory_bytes": cost.peak_memory()})
+
+
+def evaluate(model: Model, plan: list[evals.PlannedItem], batch: int, folder: Path,
+             ledger: Ledger, recipe_digest: str, where: str, own_tasks: Any = None
+             ) -> evals.Results:
+    """Run a planned evaluation into `folder`, entered in the ledger before its first token."""
+    if (folder / "results.json").exists():
+        finished = evals.read_results(folder)[0]
+        if (finished.model_digest, finished.plan_digest) == (
+                model.digest, evals.plan_digest(plan)) and any(
+                a.result.get("digest") == finished.digest for a in ledger.attempts()):
+            return finished
+    attempt = ledger.open("eval", "research", recipe_digest, code_version(),
+                          evals.plan_digest(plan), [model.digest], where)
+    begun = time.monotonic()
+    try:
+        with progress.bar(f"eval {folder.name}", len(plan)) as report:
+            results = evals.run(model, plan, folder, batch_size=batch, own_tasks=own_tasks,
+                                progress=lambda done, total: report(done, ""))
+    except BaseException as error:
+        _fail(ledger, attempt, error)
+        raise
+    ledger.close(attempt, "done", {
+        "tokens": results.tokens, "device_seconds": time.monotonic() - begun,
+        "flops": results.tokens * cost.flops_per_token(model.network, 1) / 3,
+        "peak_memory_bytes": cost.peak_memory()}, {"digest": results.digest})
+    return results
+
+
+def _release(run: Run, place: Path) -> Made:
+    spec, final = run.recipe.release, run.before("release")
+    assert spec is not None and final is not None
+    if not run.ranks.first:
+        return Made("", {})
+    about = About(spec.name, spec.summary, list(spec.limits), spec.licence)
+    manifest = make_release(run.place(final) / "checkpoint", [run.place("eval") / final],
+                            run.ledger, run.folder / "recipe.yaml", place / "release", about)
+    return Made(manifest["release_digest"], {"peak_memory_bytes": cost.peak_memory()})
+
+
+WORK: dict[str, Callable[[Run, Path], Made]] = {
+    "tokenizer": _make_tokenizer, "pretrain": _train, "sft": _train, "rl": _train,
+    "eval": _evaluate, "release": _release}
