@@ -78,7 +78,7 @@ def test_every_equation_holds_and_the_last_gives_the_answer(
     for a, sign, b, result in equations:
         computed = {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b)}[sign]
         assert computed == int(result)
-    assert equations[-1][3] == item.answer
+    assert equations[-1][3] == item.answer.split()[-1]
     if family == "steps":
         assert all(0 <= int(number) <= 19 for a, _, _, r in equations for number in (a, r))
 

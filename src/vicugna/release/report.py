@@ -1,20 +1,24 @@
 """report.html: one self-contained page that shows what a run did and what came of it.
 
 What the run folder does not hold is left out. All that a model or a user wrote is hostile text:
-Jinja escapes it, and the page forbids scripts.
+Jinja and matplotlib escape it, and the page forbids scripts.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 import torch
 import yaml
 from markupsafe import Markup
@@ -23,22 +27,29 @@ from vicugna import models
 from vicugna.errors import VicugnaError
 from vicugna.evals import PlannedItem, Results, Row, read_results
 from vicugna.evals.runner import make
-from vicugna.evals.statistics import interval
 from vicugna.files import read_json, storage_error, write_text
-from vicugna.release import figures
 from vicugna.release.ledger import Ledger
-from vicugna.tasks import Item
 
 STAGE = re.compile(r"\d\d-(tokenizer|pretrain|sft|rl|eval|release)")
 ORDER = ("pretrain", "sft", "rl")  # how checkpoints follow from each other
 LOSS = {"loss": "training", "validation_loss": "validation"}
 PANELS = (("pretrain", "Pretraining: loss", LOSS), ("sft", "Fine-tuning: loss", LOSS),
           ("rl", "Reinforcement learning: reward",
-           {"reward": "mean reward", "truncated": "share of replies cut at the limit"}),
-          ("rl", "Reinforcement learning: reply length, tokens", {"length": "tokens"}))
-SAMPLES = 3  # tasks of which one right answer is shown, and one other
-LONGEST = 1200  # characters of a question that are shown
-Scored = tuple[str, Results, list[dict[str, Any]]]  # checkpoint's name, results, records
+           {"reward": "mean reward", "truncated": "replies cut at the limit"}),
+          ("rl", "Reinforcement learning: tokens in a reply", {"length": "mean"}))
+SAMPLES = 3  # tasks of which a right answer is shown, and of which another
+Scored = tuple[str, Results, list[dict[str, Any]]]  # a checkpoint's name, results, records
+Needles = dict[int, list[tuple[float | None, bool]]]
+
+# Figures are drawn in these colours, which then become the page's variables: it may be dark.
+TEXT, SOFT, LINE, SERIES = "#221d18", "#6f665b", "#e5ded3", ("#a9532a", "#2b6f77")
+VARIABLES = {TEXT: "text", SOFT: "soft", LINE: "line", SERIES[0]: "series-0", SERIES[1]: "series-1"}
+HUES = ("#f7e9de", "#ebc3a0", "#d3b9a0", "#8fb0ab", "#3c8087", "#17505a")  # 0% to 100%
+STYLE = {"svg.fonttype": "none", "svg.hashsalt": "vicugna", "text.parse_math": False,
+         "font.size": 9, "text.color": TEXT, "axes.edgecolor": LINE, "axes.labelcolor": SOFT,
+         "xtick.color": LINE, "ytick.color": LINE, "xtick.labelcolor": SOFT,
+         "ytick.labelcolor": SOFT, "grid.color": LINE, "axes.grid": True, "axes.axisbelow": True,
+         "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
 
 
 def write_report(run_folder: Path, ledger_path: Path) -> Path:
@@ -60,7 +71,8 @@ def write_report(run_folder: Path, ledger_path: Path) -> Path:
             page["chain"] = str(error)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.ChainableUndefined,
                                      trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": _number, "time": _time, "finite": finite}
+    environment.filters |= {"finite": finite, "number": lambda value, form=",.0f": (
+        "–" if finite(value) is None else format(value, form))}
     template = Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8")
     write_text(run_folder / "report.html", environment.from_string(template).render(page))
     return run_folder / "report.html"
@@ -69,25 +81,25 @@ def write_report(run_folder: Path, ledger_path: Path) -> Path:
 def _page(run_folder: Path) -> dict[str, Any]:
     folders = {found[1]: path for path in sorted(run_folder.iterdir())
                if path.is_dir() and (found := STAGE.fullmatch(path.name))}
-    released = folders.get("release", run_folder) / "release"
-    recipe, settings = _recipe(run_folder / "recipe.yaml")
-    metrics = {name: _lines(path / "metrics.jsonl") for name, path in folders.items()}
-    scored = _scored(folders["eval"]) if "eval" in folders else []
+    recipe = run_folder / "recipe.yaml"
+    text = recipe.read_text(encoding="utf-8", errors="replace") if recipe.exists() else ""
+    settings: dict[str, Any] = {}
+    with suppress(yaml.YAMLError):
+        settings = _object(yaml.safe_load(text))
     trained = max(finite(_object(settings.get(stage)).get("sequence_length")) or 0
                   for stage in ("pretrain", "sft"))
-    lengths = _lengths(scored[-1][2]) if scored else []
-    names, compared = [name for name, _, _ in scored], _compared(scored)
+    released = folders.get("release", run_folder) / "release"
+    metrics = {name: _lines(path / "metrics.jsonl") for name, path in folders.items()}
+    scored = _scored(folders["eval"]) if "eval" in folders else []
+    needles = _needles(scored[-1][2]) if scored else {}
     return {
-        "folder": run_folder.resolve().name, "recipe": recipe, "settings": settings,
-        "network": _network([released, *(
-            path / "checkpoint" for path in reversed(folders.values()))]),
-        "manifest": _read(released / "manifest.json"), "metrics": metrics, "trained": trained,
+        "folder": run_folder.resolve().name, "recipe": text, "settings": settings,
+        "trained": trained, "scored": scored, "compared": _compared(scored), "metrics": metrics,
+        "curves": _curves(metrics), "needles": needles, "samples": _samples(scored),
+        "heat": _heat_map(needles, trained), "manifest": _read(released / "manifest.json"),
         "stages": {name: _read(path / "stage.json") for name, path in folders.items()},
-        "curves": _curves(metrics), "lengths": lengths, "heat": figures.heat_map(lengths, trained),
-        "names": names, "scored": scored, "compared": compared,
-        "dots": figures.dot_plot(names, [(f"{task.removeprefix('reasoning.')} · {difficulty}", by)
-                                         for (_, task, difficulty), by in compared.items()]),
-        "samples": _samples(scored)}
+        "network": _network([released, *(
+            path / "checkpoint" for path in reversed(folders.values()))])}
 
 
 def finite(value: Any) -> float | None:
@@ -96,16 +108,6 @@ def finite(value: Any) -> float | None:
         return value if isinstance(value, int | float) and math.isfinite(value) else None
     except OverflowError:
         return None
-
-
-def _number(value: Any, form: str = ",.0f") -> str:
-    return "–" if finite(value) is None else format(value, form)
-
-
-def _time(seconds: Any) -> str:
-    whole = round(finite(seconds) or 0)
-    return (f"{_number(seconds, '.1f')} s" if whole < 100 else f"{whole // 60} min {whole % 60} s"
-            if whole < 6000 else f"{whole // 3600} h {whole % 3600 // 60} min")
 
 
 def _object(value: Any) -> dict[str, Any]:
@@ -117,51 +119,26 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file; a line that is still being written is none."""
     found = []
     for line in path.read_bytes().splitlines() if path.exists() else []:
-        try:
+        with suppress(ValueError, RecursionError):  # it may still be being written
             found.append(_object(json.loads(line)))
-        except (ValueError, RecursionError):
-            continue
     return found
-
-
-def _recipe(path: Path) -> tuple[str, dict[str, Any]]:
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    try:
-        return text, _object(yaml.safe_load(text))
-    except yaml.YAMLError:
-        return text, {}
 
 
 def _network(folders: Sequence[Path]) -> dict[str, Any]:
     """config.json of the first folder that has one, and how many "parameters" that makes."""
-    for folder in folders:
-        if config := _read(folder / "config.json"):
-            with torch.device("meta"):
-                network = models.build(config)
-            return {**config, "parameters": sum(p.numel() for p in network.parameters())}
+    for config in filter(None, (_read(folder / "config.json") for folder in folders)):
+        with torch.device("meta"):
+            network = models.build(config)
+        return {**config, "parameters": sum(p.numel() for p in network.parameters())}
     return {}
-
-
-def _curves(metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[str, str, Markup]]:
-    """(stage, title, figure) of every panel for which something was recorded."""
-    found = []
-    for stage, title, named in PANELS:
-        steps = metrics.get(stage, ())
-        lines = {name: [(row["step"], row[key]) for row in steps if finite(row.get("step"))
-                        is not None and finite(row.get(key)) is not None]
-                 for key, name in named.items()}
-        if lines := {name: points for name, points in lines.items() if points}:
-            found.append((stage, title, figures.curves(lines, len(steps))))
-    return found
 
 
 def _scored(folder: Path) -> list[Scored]:
     """The finished evaluations in a folder, the earliest checkpoint's first."""
-    paths = [path.parent for path in folder.glob("*/results.json")]
-    paths.sort(key=lambda path: (ORDER.index(path.name) if path.name in ORDER else -1, path.name))
+    paths = sorted((path.parent for path in folder.glob("*/results.json")), key=lambda path: (
+        ORDER.index(path.name) if path.name in ORDER else -1, path.name))
     read = [(path.name, *read_results(path)) for path in paths]
     return [(name, replace(results, rows=sorted(results.rows, key=_natural)), records)
             for name, results, records in read]
@@ -173,27 +150,14 @@ def _natural(row: Row) -> list[Any]:
     return [float(part) if k % 2 else part for k, part in enumerate(parts)]
 
 
-def _lengths(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The single needles by length, shortest first; `cells` is {depth: (right, n)}."""
-    columns: dict[int, list[Mapping[str, Any]]] = {}
-    for record in records:
-        if record["task"] == "retrieval.single":
-            columns.setdefault(record["length_tokens"] or -record["difficulty"]["length"],
-                               []).append(record)
-    found = []
-    for length, asked in columns.items():
-        tokens = round(sum(record["prompt_tokens"] for record in asked) / len(asked))
-        cells: dict[float, tuple[int, int]] = {}
-        for record in asked:
-            if (depth := record["difficulty"]["position"]) is not None:
-                right, n = cells.get(depth, (0, 0))
-                cells[depth] = right + (record["outcome"] == "right"), n + 1
-        hits = [record["outcome"] == "right" for record in asked]
-        found.append({
-            "tokens": length if length > 0 else tokens, "n": len(hits), "cells": cells,
-            "label": f"{length:,}" if length > 0 else f"~{tokens:,}", "right": sum(hits),
-            "bounds": interval(hits, [record["cluster"] or record["id"] for record in asked])})
-    return sorted(found, key=lambda column: column["tokens"])
+def _needles(records: Sequence[Mapping[str, Any]]) -> Needles:
+    """(depth, whether right) of the single needles by planned length in tokens, shortest first."""
+    found: Needles = {}
+    for record in sorted(records, key=lambda record: record["length_tokens"]):
+        if record["task"] == "retrieval.single" and record["length_tokens"]:
+            found.setdefault(record["length_tokens"], []).append(
+                (record["difficulty"]["position"], record["outcome"] == "right"))
+    return found
 
 
 def _compared(scored: Sequence[Scored]) -> dict[tuple[str, str, str], dict[str, Row]]:
@@ -207,26 +171,92 @@ def _compared(scored: Sequence[Scored]) -> dict[tuple[str, str, str], dict[str, 
 
 
 def _samples(scored: Sequence[Scored]) -> list[dict[str, Any]]:
-    """The first reasoning items of the plan that the last checkpoint got right, and those it did
+    """The first reasoning items of the plan that the last checkpoint got right, then those it did
     not, each of another task, with every checkpoint's record of them."""
-    found, seen = [], {True: set[str](), False: set[str]()}
+    found: dict[tuple[bool, str], dict[str, Any]] = {}
     for record in scored[-1][2] if scored else []:
-        tasks = seen[record["outcome"] == "right"]
-        if record["task"].startswith("reasoning.") and len(tasks - {record["task"]}) < SAMPLES:
-            if record["task"] not in tasks:
-                by = {name: other for name, _, records in scored for other in records
-                      if other["id"] == record["id"]}
-                found.append({"planned": PlannedItem.from_dict(record), "by": by,
-                              "question": _question(record), "expected": record["expected"]})
-            tasks.add(record["task"])
-    return sorted(found, key=lambda one: one["by"][scored[-1][0]]["outcome"] != "right")
+        key = record["outcome"] != "right", record["task"]
+        if key not in found and record["task"].startswith("reasoning.") and sum(
+                other == key[0] for other, _ in found) < SAMPLES:
+            planned = PlannedItem.from_dict(record)
+            by = {name: other for name, _, records in scored for other in records
+                  if other["id"] == record["id"]}
+            found[key] = {"planned": planned, "by": by}
+            with suppress(VicugnaError):  # another version may not make this question
+                found[key]["item"] = make(planned)
+    return [found[key] for key in sorted(found, key=lambda key: key[0])]
 
 
-def _question(record: Mapping[str, Any]) -> str:
-    """The question made again, "" if it cannot be; its middle left out where it is long."""
-    try:
-        item = make(PlannedItem.from_dict(record))
-    except VicugnaError:
-        return ""
-    text = item.messages[-1]["content"] if isinstance(item, Item) else ""
-    return re.sub(rf"(?s)^(.{{{LONGEST // 2}}}).+(.{{{LONGEST // 2}}})$", r"\1 […] \2", text)
+def _curves(metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[str, str, Markup]]:
+    """(stage, title, figure) for what was recorded: raw faint and smoothed over it, or points."""
+    found = []
+    for stage, title, words in PANELS:
+        def draw(axes: Any, stage: str = stage, words: dict[str, str] = words) -> None:
+            for (key, word), colour in zip(words.items(), SERIES, strict=False):
+                pairs = [(row.get("step"), row.get(key)) for row in metrics[stage]]
+                points = [pair for pair in pairs if None not in map(finite, pair)]
+                if not points:
+                    continue
+                x, y = np.array(points, float)[:: 1 + len(points) // 2000].T
+                if len(points) < max(8, len(pairs) / 2):
+                    axes.plot(x, y, "o-", color=colour, markersize=3.5, linewidth=1, label=word)
+                else:
+                    near = np.ones(2 * (len(y) // 80) + 3)
+                    mean = np.convolve(y, near, "same") / np.convolve(y * 0 + 1, near, "same")
+                    axes.plot(x, y, color=colour, linewidth=0.7, alpha=0.3)
+                    axes.plot(x, mean, color=colour, linewidth=1.8, label=word)
+            axes.set_xlabel("step")
+            axes.legend(loc="best")
+        if any(finite(row.get(key)) is not None for row in metrics.get(stage, ()) for key in words):
+            found.append((stage, title, _svg(5, 2.6, draw)))
+    return found
+
+
+def _heat_map(needles: Needles, trained: float) -> Markup:
+    """Share right by length and depth, with a line after the lengths trained on. Empty where no
+    needle has a planned depth."""
+    depths = sorted({at for items in needles.values() for at, _ in items if at is not None})
+    hits = [[[hit for at, hit in items if at == depth] for items in needles.values()]
+            for depth in depths]
+    edges = [np.arange(len(steps) + 1) - 0.5 for steps in (needles, depths)]
+
+    def draw(axes: Any) -> None:
+        from matplotlib.colors import LinearSegmentedColormap
+        share = np.array([[100 * sum(cell) / len(cell) if cell else math.nan for cell in row]
+                          for row in hits])
+        for (y, x), value in np.ndenumerate(share):
+            ink = {"color": "#ffffff" if value > 65 else "#2a211a", "ha": "center"}
+            if hits[y][x]:
+                axes.text(x, y, f"{value:.0f}%", **ink)
+                axes.text(x, y + 0.32, f"n={len(hits[y][x])}", size=6.5, **ink)
+        colours = LinearSegmentedColormap.from_list("", HUES, 40)  # few, so they stay vectors
+        mesh = axes.pcolormesh(*edges, share, cmap=colours, vmin=0, vmax=100)
+        mesh.set(edgecolor=LINE, linewidth=1)
+        bar = axes.figure.colorbar(mesh, ax=axes, format="%d%%", aspect=30)
+        bar.solids.set_edgecolor("face")
+        axes.grid(False)
+        axes.invert_yaxis()
+        axes.set_xticks(range(len(needles)), [f"{length:,}" + (
+            f"\n{length / trained:.3g}×" if 0 < trained < length else "") for length in needles])
+        axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+        axes.set(xlabel="length of the prompt, tokens", ylabel="depth of the needle in the text")
+        if trained:
+            edge = sum(length <= trained for length in needles) - 0.5
+            axes.axvline(edge, color=SERIES[0], linewidth=3, clip_on=False)
+    return _svg(2.2 + 0.9 * len(needles), 1.1 + 0.5 * len(depths), draw) if depths else Markup()
+
+
+def _svg(width: float, height: float, draw: Callable[[Any], None]) -> Markup:
+    from matplotlib import style  # takes a second, which no other command should wait
+    from matplotlib.figure import Figure
+
+    with style.context(["default", STYLE]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of letters that the measuring font does not have
+        figure, file = Figure((width, height), layout="constrained"), io.StringIO()
+        draw(figure.add_subplot())
+        figure.savefig(file, format="svg", transparent=True,
+                       metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    text = re.sub(r'<g id="[^"]*"', "<g", file.getvalue().partition("<svg")[2])
+    for colour, variable in VARIABLES.items():
+        text = text.replace(colour, f"var(--{variable})")
+    return Markup("<svg" + text)

@@ -49,7 +49,8 @@ class Chain:
 def _work_steps(rng: Random, difficulty: Difficulty) -> Worked:
     """Additions, subtractions and doublings that stay within 0..19, each with a random name.
 
-    The names let a solver find the next step by what stands beside the last, at any depth.
+    The names let a solver find the next step by what stands beside the last, at any depth. The
+    answer names the last step too, so that stopping early and guessing scores nothing.
     """
     state = rng.randint(0, _LARGEST)
     words, steps = [f"Start with {state}."], [f"start {state}"]
@@ -62,7 +63,7 @@ def _work_steps(rng: Random, difficulty: Difficulty) -> Worked:
         words.append(f"{name}: {sign}{k}.")
         steps.append(f"{name} {state}{sign}{k}={after}")
         state = after
-    return Worked(" ".join(words), steps, str(state))
+    return Worked(f"{' '.join(words)} Last step and value?", steps, f"{name} {state}")
 
 
 def _work_swaps(rng: Random, difficulty: Difficulty) -> Worked:
