@@ -19,9 +19,9 @@ Report = Callable[[int, str], None]
 
 
 @contextmanager
-def bar(title: str, total: int) -> Iterator[Report]:
-    """Yield `report(done, note)`. Draws only when standard error is a terminal."""
-    if not sys.stderr.isatty():
+def bar(title: str, total: int, wanted: bool = True) -> Iterator[Report]:
+    """Yield `report(done, note)`. Draws only if `wanted` and standard error is a terminal."""
+    if not wanted or not sys.stderr.isatty():
         yield lambda done, note: None
         return
     columns = (TextColumn("{task.description:<10}"), BarColumn(20), MofNCompleteColumn(),

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,10 @@ import torch
 import yaml
 
 import vicugna
-from vicugna import checkpoint, data, evals, models, progress, tokenizer
+from vicugna import checkpoint, data, evals, models, progress, tasks, tokenizer
+from vicugna.data.sources import HUB, STDLIB, TASK, content_digest, paths
 from vicugna.errors import VicugnaError
+from vicugna.evals.plan import grid
 from vicugna.files import (
     digest_of,
     owned,
@@ -35,7 +37,7 @@ from vicugna.files import (
 from vicugna.model import Model
 from vicugna.release import About, Ledger, make_release
 from vicugna.release.report import write_report
-from vicugna.training import cost, learn
+from vicugna.training import cost, grpo, learn
 from vicugna.training.parallel import Ranks
 from vicugna.training.recipe import STAGES, Recipe
 
@@ -87,6 +89,7 @@ def live(recipe: Recipe, folder: Path, ranks: Ranks, only: str | None = None,
     Raises VicugnaError when another process uses the folder, when it holds another format, and
     whatever a stage raises. Interrupted or killed, the same call goes on.
     """
+    _check(recipe)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     run = Run(recipe, folder, Ledger(folder.parent / "ledger.sqlite"), ranks)
@@ -107,6 +110,28 @@ def live(recipe: Recipe, folder: Path, ranks: Ranks, only: str | None = None,
     return run
 
 
+def _check(recipe: Recipe) -> None:
+    """Raise VicugnaError now for what a later stage would stumble over hours from here."""
+    for stage in ("pretrain", "sft"):
+        if spec := getattr(recipe, stage):
+            _check_sources(spec.sources, f"{stage}.sources")
+            if recipe.model.start is None:
+                learn.check_length(spec.sequence_length, recipe.model.context, stage)
+    _check_sources(recipe.data.sources, "data.sources")
+    if recipe.rl is not None:
+        _check_sources(recipe.rl.tasks, "rl.tasks")
+        grpo.check(recipe.rl.tasks, recipe.rl.parallel)
+    for group in recipe.eval.groups if recipe.eval else ():
+        for one in grid(group):
+            tasks.get(one.task)
+
+
+def _check_sources(specs: Sequence[data.SourceSpec], where: str) -> None:
+    for spec in data.parse_specs(specs, where):
+        if spec.source != STDLIB and not spec.source.startswith((TASK, HUB)):
+            paths(spec)
+
+
 @contextmanager
 def _claimed(run: Run) -> Iterator[None]:
     """The run's folder, for this process group alone, with this recipe in it."""
@@ -117,9 +142,9 @@ def _claimed(run: Run) -> Iterator[None]:
     with owned(run.folder):
         sweep_temporaries(run.folder)
         marker = run.folder / "run.json"
-        held = read_json(marker).get("format") if marker.exists() else FORMAT
-        if held != FORMAT:
-            raise VicugnaError(f"a run of format {held}, not {FORMAT}", str(run.folder),
+        held = read_json(marker) if marker.exists() else {"format": FORMAT}
+        if held != {"format": FORMAT}:
+            raise VicugnaError(f"a run of {held}, not of format {FORMAT}", str(run.folder),
                                "Choose another folder, or the version of vicugna that made it")
         write_json(marker, {"format": FORMAT})
         write_text(run.folder / "recipe.yaml",
@@ -164,28 +189,28 @@ def _recorded(run: Run, attempt: str) -> Iterator[None]:
         if isinstance(error, MemoryError) or "allocate memory" in str(error) or isinstance(
                 error, torch.OutOfMemoryError):
             raise VicugnaError(
-                "memory ran out", str(run.folder), "Set micro_rows to half of rows or less, or "
-                "lower sequence_length; in rl, lower prompts") from error
+                "memory ran out", str(run.folder), "Halve micro_rows (rows, when it is not set) or "
+                "sequence_length; in rl, prompts; in eval, batch") from error
         raise
 
 
 def _fail(ledger: Ledger, attempt: str, error: BaseException) -> None:
     """Close an attempt, if there is one, that ended in `error`."""
-    if attempt:
-        ledger.close(attempt, "failed" if isinstance(error, Exception) else "interrupted",
-                     {"peak_memory_bytes": cost.peak_memory()}, {"error": str(error)[:500]})
+    with suppress(VicugnaError):  # it may be closed already, or its disk be full
+        if attempt:
+            ledger.close(attempt, "failed" if isinstance(error, Exception) else "interrupted",
+                         {"peak_memory_bytes": cost.peak_memory()}, {"error": str(error)[:500]})
 
 
 def _clear(place: Path, inputs: str, say: Callable[[str], None]) -> None:
     """Ready the stage's folder: tidy what was killed, move aside what had other inputs."""
-    if place.exists():
-        started = place / "started.json"
-        if not started.exists() or read_json(started).get("inputs") != inputs:
-            number = 1
-            while (aside := place.with_name(f"{place.name}.old-{number}")).exists():
-                number += 1
-            place.rename(aside)
-            say(f"{place.name}: its inputs changed; the old one is kept as {aside.name}")
+    started = place / "started.json"
+    if started.exists() and read_json(started) != {"inputs": inputs}:
+        number = 1
+        while (aside := place.with_name(f"{place.name}.old-{number}")).exists():
+            number += 1
+        place.rename(aside)
+        say(f"{place.name}: its inputs changed; the old one is kept as {aside.name}")
     place.mkdir(parents=True, exist_ok=True)
     sweep_temporaries(place)
 
@@ -208,10 +233,12 @@ def _inputs(run: Run, stage: str) -> tuple[str, str, list[str]]:
     parents = [_output(run, s) for s in ([earlier] if earlier else ["tokenizer"])
                if stage != "tokenizer"]
     data_digest = ""
+    if earlier is None and recipe.model.start is not None:
+        parents.append(vicugna.load(recipe.model.start).digest)
     if stage == "tokenizer":
-        said |= {"start": recipe.model.start,
-                 "texts": [s.model_dump(mode="json") for s in _texts(recipe)]}
-        data_digest = digest_of(said["texts"])
+        data_digest = digest_of([
+            [s.model_dump(mode="json"), "" if s.source.startswith(TASK) else content_digest(s)]
+            for s in _texts(recipe)] if recipe.model.start is None else [])
     elif stage in ("pretrain", "sft"):
         data_digest = learn.open_stream(_tokenizer(run), spec, recipe.seed, _cache(run)).digest
         said["model"] = recipe.model.model_dump(mode="json")
@@ -280,7 +307,10 @@ def _start(run: Run, stage: str) -> Model:
     if spec.start is not None:
         return vicugna.load(spec.start)
     tok = _tokenizer(run)
-    network = models.build(spec.config(tok.vocab_size))
+    config = spec.config(tok.vocab_size)
+    if run.ranks.device.type == "cpu":
+        cost.check_size(config)
+    network = models.build(config)
     models.initialise(network, run.recipe.seed)
     return Model(network, tok)
 
@@ -325,7 +355,9 @@ def _evaluate(run: Run, place: Path) -> Made:
     for stage in _evaluated(run):
         model = _load(run, stage)
         assert model.tokenizer is not None
-        plan = evals.build_plan(spec.groups, model.tokenizer)
+        compared = stage != run.before("eval") and spec.compare_groups
+        plan = evals.build_plan([group for group in spec.groups if not compared
+                                 or group.get("group") in spec.compare_groups], model.tokenizer)
         digests.append(evaluate(model, plan, spec.batch, place / stage, run.ledger,
                                 run.recipe.digest, str(run.folder.resolve())).digest)
     return Made(digest_of(digests), {"peak_memory_bytes": cost.peak_memory()})

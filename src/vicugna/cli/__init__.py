@@ -19,6 +19,7 @@ from vicugna.cli.run import run, train
 from vicugna.cli.serve import serve
 from vicugna.cli.verify import verify
 from vicugna.errors import VicugnaError
+from vicugna.files import storage_error
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Raise an open Llama-class language model through its whole life, "
@@ -37,20 +38,29 @@ def _options(debug: Annotated[bool, typer.Option(help="Show a traceback on error
 
 def main() -> NoReturn:
     """Run the command line: exits 0 done, 1 the answer is no, 2 the input was wrong."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    interrupts: list[int] = []
+
+    def interrupted(number: int, frame: object) -> None:
+        interrupts.append(number)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupted)
     try:
         code = app(standalone_mode=False)
-        sys.exit(code if isinstance(code, int) else 0)
+        if code != 130:
+            sys.exit(code if isinstance(code, int) else 0)
+        raise KeyboardInterrupt  # which Typer had caught
     except VicugnaError as error:
         _end(str(error), error.exit_code)
-    except typer.Exit as error:
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        _end("interrupted; the same command goes on from here", 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
+        if interrupts:  # an import that was interrupted may raise anything
+            _end("interrupted; the same command goes on from here", 130)
+        if isinstance(error, OSError):
+            _end(str(storage_error(error, error.filename or "a file")), 2)
         format_message = getattr(error, "format_message", None)
         if format_message is None:
             _end(f"unexpected {type(error).__name__}: {error}. Run with --debug for the place, "
@@ -60,6 +70,6 @@ def main() -> NoReturn:
 
 def _end(line: str, code: int) -> NoReturn:
     if os.environ.get("VICUGNA_DEBUG"):
-        raise  # noqa: PLE0704 - called while an exception is handled
+        raise  # it is called while an exception is handled
     print(f"vicugna: {' '.join(line.split())}", file=sys.stderr)
     sys.exit(code)

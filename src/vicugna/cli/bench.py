@@ -25,6 +25,6 @@ def bench(
         raise VicugnaError(f"no benchmark {name!r}", str(folder), f"There are: {known}")
     done = subprocess.run([sys.executable, str(path)], stdout=subprocess.PIPE if as_json else None,
                           text=True, check=False)
-    if as_json and done.stdout:
+    if as_json and done.stdout.strip():
         print(done.stdout.strip().splitlines()[-1])
-    raise typer.Exit(min(done.returncode, 1))
+    raise typer.Exit(done.returncode if done.returncode in (0, 1) else 2)

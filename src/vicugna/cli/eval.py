@@ -16,11 +16,13 @@ def evaluate(
     items: Annotated[Path | None, typer.Option(
         help="Your own questions, JSONL: messages or prompt, answers, optional context_file, "
              "task.")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="The recipe whose eval groups to ask.")] = None,
+    recipe: Annotated[Path | None, typer.Option(
+        help="The recipe whose eval groups to ask.")] = None,
     out: Annotated[Path | None, typer.Option(
         help="Folder for the results; evals/DIGEST in the workspace by default.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="For --items: longest answer.")] = 128,
-    batch: Annotated[int, typer.Option(help="Questions asked at once.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(
+        min=1, help="For --items: longest answer.")] = 128,
+    batch: Annotated[int, typer.Option(min=1, help="For --items: questions asked at once.")] = 32,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto (as stored).")] = "float32",
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, ...")] = "cpu",
     workspace: Annotated[Path, typer.Option(envvar="VICUGNA_WORKSPACE",

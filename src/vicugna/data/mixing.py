@@ -111,7 +111,9 @@ def open_stream(specs: Sequence[str | dict[str, Any] | SourceSpec], tokenizer: T
             tokens = open_tokens(spec, tokenizer, Path(cache_folder))
             documents = held_out(len(tokens.offsets) - 1, split)
             held = np.diff(tokens.offsets)[documents]
-            if split == "dev" and (held.sum() <= seq_len or held.min() > seq_len):
+            chats = tokens.mask is not None  # they are never cut, texts are
+            if split == "dev" and not ((held <= seq_len + 1).any() if chats else
+                                       held.sum() > seq_len):
                 continue
             rows = (TextRows(tokens, seq_len, own_seed, spec.source, documents)
                     if tokens.mask is None else

@@ -86,7 +86,7 @@ def _parse_spec(spec: str | dict[str, Any] | SourceSpec, where: str) -> SourceSp
                                f"Use {', '.join(sorted(known))}")
     if parsed.source.startswith(TASK):
         tasks.get(parsed.source.removeprefix(TASK))
-    elif parsed.difficulty or "form" in parsed.model_fields_set:
+    elif parsed.difficulty or parsed.form != "chat":
         raise VicugnaError("difficulty and form are for task: sources only", where, "Leave it out")
     return parsed
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 from vicugna import tasks
@@ -89,12 +89,27 @@ def plan_digest(plan: Iterable[PlannedItem]) -> str:
     return digest_of([asdict(item) for item in plan])
 
 
+def grid(content: Mapping[str, Any]) -> list[Spec]:
+    """The specs of one entry of a recipe's eval section: lists in `length_tokens` and in
+    `difficulty` mean each of their values, with each of the others."""
+    def each(value: Any) -> list[Any]:
+        return value if isinstance(value, list) else [value]
+
+    difficulty = content.get("difficulty", {})
+    if not isinstance(difficulty, Mapping):
+        return [Spec.from_dict(content)]
+    return [Spec.from_dict({**content, "length_tokens": length,
+                            "difficulty": dict(zip(difficulty, values, strict=True))})
+            for length in each(content.get("length_tokens", 0))
+            for values in product(*map(each, difficulty.values()))]
+
+
 def build_plan(specs: Iterable[Spec | Mapping[str, Any]], tokenizer: Tokenizer
                ) -> list[PlannedItem]:
     """Draw the items of every spec: the first `n` seeds of its split, never a chosen few."""
     plan = []
-    for given in specs:
-        spec = given if isinstance(given, Spec) else Spec.from_dict(given)
+    for spec in [s for given in specs
+                 for s in ([given] if isinstance(given, Spec) else grid(given))]:
         task, guess = tasks.get(spec.task), spec.length_tokens * 3
         for index in range(spec.n):
             seed, difficulty = tasks.split_seed(spec.split, index), Difficulty(**spec.difficulty)

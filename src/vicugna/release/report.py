@@ -213,8 +213,7 @@ def _curves(metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[st
 
 
 def _heat_map(needles: Needles, trained: float) -> Markup:
-    """Share right by length and depth, with a line after the lengths trained on. Empty where no
-    needle has a planned depth."""
+    """Share right by length and depth, with a line after the lengths trained on; may be empty."""
     depths = sorted({at for items in needles.values() for at, _ in items if at is not None})
     hits = [[[hit for at, hit in items if at == depth] for items in needles.values()]
             for depth in depths]
@@ -232,8 +231,7 @@ def _heat_map(needles: Needles, trained: float) -> Markup:
         colours = LinearSegmentedColormap.from_list("", HUES, 40)  # few, so they stay vectors
         mesh = axes.pcolormesh(*edges, share, cmap=colours, vmin=0, vmax=100)
         mesh.set(edgecolor=LINE, linewidth=1)
-        bar = axes.figure.colorbar(mesh, ax=axes, format="%d%%", aspect=30)
-        bar.solids.set_edgecolor("face")
+        axes.figure.colorbar(mesh, ax=axes, format="%d%%", aspect=30).solids.set_edgecolor("face")
         axes.grid(False)
         axes.invert_yaxis()
         axes.set_xticks(range(len(needles)), [f"{length:,}" + (
@@ -241,8 +239,7 @@ def _heat_map(needles: Needles, trained: float) -> Markup:
         axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
         axes.set(xlabel="length of the prompt, tokens", ylabel="depth of the needle in the text")
         if trained:
-            edge = sum(length <= trained for length in needles) - 0.5
-            axes.axvline(edge, color=SERIES[0], linewidth=3, clip_on=False)
+            axes.axvline(sum(length <= trained for length in needles) - 0.5, color=SERIES[0], lw=3)
     return _svg(2.2 + 0.9 * len(needles), 1.1 + 0.5 * len(depths), draw) if depths else Markup()
 
 

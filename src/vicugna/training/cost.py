@@ -85,6 +85,21 @@ def training_memory(network: nn.Module, rows: int, length: int, element: int) ->
     return parameters * 16 + rows * length * kept * element
 
 
+def check_size(config: dict[str, Any]) -> None:
+    """Raise VicugnaError when a new network of `config` could not be trained in this memory."""
+    D, heads = config["hidden_size"], config["num_attention_heads"]
+    attention = 2 * D * D * (1 + config["num_key_value_heads"] / heads)
+    feed_forward = 3 * D * config["intermediate_size"] * max(1, config.get("num_experts", 0))
+    parameters = config["num_hidden_layers"] * (attention + feed_forward) + (
+        config["vocab_size"] * D * (1 if config["tie_word_embeddings"] else 2))
+    free = available_memory()
+    if parameters * 16 > free:
+        raise VicugnaError(
+            f"a network of {parameters / 1e6:,.0f} million parameters needs about "
+            f"{parameters * 16 / 2**30:,.1f} GiB to train and {free / 2**30:.1f} GiB are free, "
+            f"enough for {free / 16e6:,.0f} million", "model", "Lower model.depth or model.width")
+
+
 def check_memory(network: nn.Module, rows: int, length: int, element: int, where: str) -> None:
     """Raise VicugnaError, saying what would fit, when a step would not fit in memory."""
     free = available_memory()

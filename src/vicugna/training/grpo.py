@@ -48,9 +48,10 @@ def rollout(network: nn.Module, tokenizer: Tokenizer, spec: RlSpec, seed: int, s
     """
     items = questions(spec, seed, step, ranks)
     prompts = [tokenizer.chat(item.messages) for item in items for _ in range(spec.group)]
+    first = ranks.rank * len(prompts)  # of the step's answers; their seeds do not tell the ranks
     samplings = [Sampling(max_new_tokens=spec.max_new_tokens, temperature=spec.temperature,
-                          seed=int(digest_of([seed, step, ranks.rank, row])[:12], 16))
-                 for row in range(len(prompts))]
+                          seed=int(digest_of([seed, step, answer])[:12], 16))
+                 for answer in range(first, first + len(prompts))]
     network.eval()
     completions = engine.generate(network, tokenizer, prompts, samplings)
     network.train()

@@ -16,7 +16,6 @@ from vicugna.data import IGNORED, Batch, Stream
 from vicugna.errors import VicugnaError
 from vicugna.tokenizer import Tokenizer
 from vicugna.training import cost, grpo
-from vicugna.training.loss import Objective
 from vicugna.training.parallel import Ranks
 from vicugna.training.recipe import RlSpec, TrainSpec
 from vicugna.training.trainer import WeightedBatch, train
@@ -29,11 +28,7 @@ def from_data(network: nn.Module, tokenizer: Tokenizer, spec: TrainSpec, seed: i
     Every rank makes the whole step's targets count, so that the loss is a mean over all of them.
     """
     config: Any = network.config
-    if spec.sequence_length > config.max_position_embeddings:
-        raise VicugnaError(
-            f"sequences of {spec.sequence_length} tokens, but the context holds "
-            f"{config.max_position_embeddings}", f"{where}.sequence_length",
-            "Shorten the sequences, or raise model.context")
+    check_length(spec.sequence_length, config.max_position_embeddings, where)
     element = 2 if spec.precision == "bf16" else 4
     rows = spec.micro_rows or -(-spec.rows // ranks.world)
     if ranks.device.type == "cpu":
@@ -51,7 +46,15 @@ def from_data(network: nn.Module, tokenizer: Tokenizer, spec: TrainSpec, seed: i
                              weights_BT, max(1.0, ranks.total(float(weights_BT.sum()))[0]), {})
 
     return train(network, batch_of, spec, folder, where, ranks,
-                 _validation(network, tokenizer, spec, seed, cache, ranks))
+                 _validation(tokenizer, spec, seed, cache, ranks))
+
+
+def check_length(sequence_length: int, context: int, where: str) -> None:
+    """Raise VicugnaError when training sequences are longer than the context."""
+    if sequence_length > context:
+        raise VicugnaError(
+            f"sequences of {sequence_length} tokens, but the context holds {context}",
+            f"{where}.sequence_length", "Shorten the sequences, or raise model.context")
 
 
 def open_stream(tokenizer: Tokenizer, spec: TrainSpec, seed: int, cache: Path,
@@ -60,27 +63,31 @@ def open_stream(tokenizer: Tokenizer, spec: TrainSpec, seed: int, cache: Path,
     return data.open_stream(spec.sources, tokenizer, spec.sequence_length, seed, cache, split)
 
 
-def _validation(network: nn.Module, tokenizer: Tokenizer, spec: TrainSpec, seed: int, cache: Path,
-                ranks: Ranks) -> Callable[[int], dict[str, float]]:
+def _validation(tokenizer: Tokenizer, spec: TrainSpec, seed: int, cache: Path,
+                ranks: Ranks) -> Callable[[nn.Module, int], dict[str, float]]:
     """What notes `validation_loss`, on rows never trained on, every `validate_every` steps."""
     if not spec.validation_rows:
-        return lambda step: {}
+        return lambda module, step: {}
     stream = open_stream(tokenizer, spec, seed, cache, "dev")
-    objective = Objective(network, spec.precision)
-    rows = [stream.batch(row, 1) for row in range(spec.validation_rows)]
+    rows = []
+    for row in range(ranks.rank, spec.validation_rows + -spec.validation_rows % ranks.world,
+                     ranks.world):  # as many on each rank, for FSDP2 gathers weights at each
+        rows.append(stream.batch(row, 1))
+        if row >= spec.validation_rows:
+            rows[-1].targets_BT.fill_(IGNORED)
 
     @torch.no_grad()
-    def validate(step: int) -> dict[str, float]:
+    def validate(module: nn.Module, step: int) -> dict[str, float]:
         if (step + 1) % spec.validate_every and step + 1 != spec.steps:
             return {}
-        mine = [loss_of(objective, batch, ranks) for batch in rows[ranks.rank::ranks.world]]
+        mine = [loss_of(module, batch, ranks) for batch in rows]
         loss, count = ranks.total(sum(loss for loss, _ in mine), sum(n for _, n in mine))
         return {"validation_loss": loss / max(1.0, count)}
 
     return validate
 
 
-def loss_of(objective: Objective, batch: Batch, ranks: Ranks) -> tuple[float, float]:
+def loss_of(objective: nn.Module, batch: Batch, ranks: Ranks) -> tuple[float, float]:
     """Summed loss and number of targets of a batch."""
     weights_BT = (batch.targets_BT != IGNORED).float()
     loss = objective(*(x.to(ranks.device) for x in (

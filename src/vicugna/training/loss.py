@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from vicugna.models.layers.attention import Dense
 
-CHUNK = 1024  # rows of logits held at once
+CHUNK = 2048  # rows of logits held at once, in the precision of the matrix products
+SLICE = 1 << 21  # logits turned to float32 at once: few enough to stay in the processor's cache
 
 
 class _WeightedNLL(torch.autograd.Function):
@@ -29,17 +30,16 @@ class _WeightedNLL(torch.autograd.Function):
         head, x = head_VD.to(dtype), x_ND.to(dtype)
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         grad_x = torch.empty_like(x)
-        grad_head = torch.zeros(head.shape, dtype=torch.float32, device=x.device)
-        for start in range(0, x.shape[0], CHUNK):
+        grad_head: Tensor | None = None
+        for start in range(0, x.shape[0], CHUNK):  # no rows at all are fine
             part = slice(start, start + CHUNK)
-            target, weight = target_N[part, None], weight_N[part, None].float()
-            p_NV = (x[part] @ head.T).float().log_softmax(-1)
-            total -= (p_NV.gather(-1, target) * weight).sum()
-            p_NV.exp_()
-            p_NV.scatter_add_(-1, target, torch.full_like(weight, -1.0))
-            grad = p_NV.mul_(weight).to(dtype)
-            grad_x[part] = grad @ head
-            grad_head += grad.T @ x[part]
+            logits_NV = x[part] @ head.T
+            total += _to_gradient(logits_NV, target_N[part, None], weight_N[part, None].float())
+            grad_x[part] = logits_NV @ head
+            grad = logits_NV.T @ x[part]
+            grad_head = grad.float() if grad_head is None else grad_head.add_(grad)
+        if grad_head is None:
+            grad_head = torch.zeros(head.shape, dtype=torch.float32, device=x.device)
         ctx.save_for_backward(grad_x, grad_head)
         ctx.dtypes = x_ND.dtype, head_VD.dtype
         return total
@@ -50,6 +50,19 @@ class _WeightedNLL(torch.autograd.Function):
         scale = grads[0]
         return ((grad_x * scale).to(ctx.dtypes[0]), (grad_head * scale).to(ctx.dtypes[1]),
                 None, None, None)
+
+
+def _to_gradient(logits_NV: Tensor, target_N1: Tensor, weight_N1: Tensor) -> Tensor:
+    """Replace logits by the gradient of their weighted loss, in place; the loss itself."""
+    total = torch.zeros((), dtype=torch.float32, device=logits_NV.device)
+    size = max(1, SLICE // logits_NV.shape[1])
+    for logits, target, weight in zip(logits_NV.split(size), target_N1.split(size),
+                                      weight_N1.split(size), strict=True):
+        p = torch.log_softmax(logits, -1, dtype=torch.float32)
+        total -= (p.gather(-1, target) * weight).sum()
+        p.exp_().scatter_add_(-1, target, torch.full_like(weight, -1.0))
+        logits.copy_(p.mul_(weight))
+    return total
 
 
 class Objective(nn.Module):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -53,7 +54,8 @@ def process_group() -> Iterator[Ranks]:
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
     if cuda:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo")
+    # The others wait while the first rank evaluates; torchrun ends them when one dies.
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=7))
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), device)
     finally:
@@ -79,3 +81,11 @@ def wrap(module: nn.Module, network: nn.Module, kind: str, precision: str, muon:
         fully_shard(layer, mp_policy=policy)
     fully_shard(module, mp_policy=policy)
     return module
+
+
+def accumulating(module: nn.Module, last: bool) -> AbstractContextManager[None]:
+    """Around one backward pass: DDP sums over ranks in the last only, so that the ranks may take
+    different numbers of them."""
+    if isinstance(module, DistributedDataParallel) and not last:
+        return module.no_sync()
+    return nullcontext()

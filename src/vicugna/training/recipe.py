@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from vicugna import models
 from vicugna.data import SourceSpec
 from vicugna.errors import VicugnaError
 from vicugna.files import digest_of, storage_error
 
+CORPUS = "corpus"  # in a stage's sources: the recipe's data.sources
 STAGES = ("tokenizer", "pretrain", "sft", "rl", "eval", "release")
 
 
@@ -111,7 +113,8 @@ class RlSpec(StageSpec):
 class EvalSpec(Strict):
     groups: tuple[dict[str, Any], ...] = Field(min_length=1)
     batch: int = Field(64, ge=1)
-    compare: tuple[Literal["pretrain", "sft"], ...] = ()  # earlier checkpoints scored as well
+    compare: tuple[Literal["pretrain", "sft"], ...] = ()  # earlier checkpoints scored as well,
+    compare_groups: tuple[str, ...] = ()  # in these groups; all when empty
 
 
 class ReleaseSpec(Strict):
@@ -123,7 +126,7 @@ class ReleaseSpec(Strict):
 
 
 class DataSpec(Strict):
-    """The corpus: what the tokenizer is trained on, and pretraining's share of plain text."""
+    """The corpus: what the tokenizer learns from first, and what `corpus` means in a stage."""
 
     sources: tuple[SourceSpec, ...] = Field(min_length=1)
 
@@ -142,6 +145,22 @@ class Recipe(Strict):
     rl: RlSpec | None = None
     eval: EvalSpec | None = None
     release: ReleaseSpec | None = None
+
+    @model_validator(mode="after")
+    def _corpus_expanded(self) -> Recipe:
+        """Put `data.sources`, by their weights, in the place of each stage's source `corpus`."""
+        total = sum(source.weight for source in self.data.sources)
+        for name in ("pretrain", "sft"):
+            spec: TrainSpec | None = getattr(self, name)
+            if spec is None:
+                continue
+            sources: list[SourceSpec] = []
+            for source in spec.sources:
+                share = source.weight / total
+                sources += [s.model_copy(update={"weight": s.weight * share})
+                            for s in self.data.sources] if source.source == CORPUS else [source]
+            object.__setattr__(self, name, spec.model_copy(update={"sources": tuple(sources)}))
+        return self
 
     @property
     def digest(self) -> str:
@@ -168,7 +187,11 @@ def read(path: str | Path, settings: Sequence[str] = ()) -> Recipe:
     for setting in settings:
         _override(values, setting)
     recipe = parse(values, str(path))
-    recipe.model.config(recipe.tokenizer.vocab_size)
+    config = recipe.model.config(recipe.tokenizer.vocab_size)
+    try:
+        models.architecture(recipe.model.architecture).Config.from_dict(config)
+    except VicugnaError as error:
+        raise VicugnaError(error.what, f"{path}, model", error.fix) from error
     return recipe
 
 

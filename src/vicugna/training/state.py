@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from vicugna.errors import VicugnaError
@@ -16,6 +19,8 @@ from vicugna.files import replacing_folder, storage_error, sweep_temporaries
 from vicugna.training.parallel import Ranks
 
 STATE = "state"
+BEGINNING = {"step": 0, "skipped": 0, "bad": 0, "tokens": 0, "seconds": 0.0, "flops": 0.0}
+warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # alone by choice
 
 
 def save(folder: Path, module: nn.Module, optimisers: Sequence[torch.optim.Optimizer],
@@ -27,11 +32,12 @@ def save(folder: Path, module: nn.Module, optimisers: Sequence[torch.optim.Optim
     weights, optimiser = get_state_dict(module, list(optimisers))
     state = {"weights": weights, "optimiser": optimiser, "progress": progress}
     if ranks.world == 1:
-        with replacing_folder(folder / STATE) as temporary:
+        with replacing_folder(folder / STATE) as temporary, _explained(folder / STATE):
             dcp.save(state, checkpoint_id=temporary, no_dist=True)
         return
     shared = folder / f".{STATE}.shards.tmp"
-    dcp.save(state, checkpoint_id=shared)
+    with _explained(folder / STATE):
+        dcp.save(state, checkpoint_id=shared)
     if ranks.first:
         with replacing_folder(folder / STATE) as temporary:
             for file in shared.iterdir():
@@ -50,16 +56,24 @@ def load(folder: Path, module: nn.Module, optimisers: Sequence[torch.optim.Optim
         return None
     weights, optimiser = get_state_dict(module, list(optimisers))
     state: dict[str, Any] = {"weights": weights, "optimiser": optimiser,
-                             "progress": {"step": 0, "skipped": 0, "tokens": 0, "seconds": 0.0,
-                                          "flops": 0.0}}
-    try:
+                             "progress": dict(BEGINNING)}
+    with _explained(folder / STATE):
         dcp.load(state, checkpoint_id=folder / STATE, no_dist=ranks.world == 1)
-    except OSError as error:
-        raise storage_error(error, folder / STATE) from error
-    except Exception as error:  # DCP raises many kinds for a damaged folder
-        raise VicugnaError(f"the training state cannot be read ({type(error).__name__})",
-                           str(folder / STATE),
-                           "Delete that folder to start the stage again") from error
     set_state_dict(module, list(optimisers), model_state_dict=state["weights"],
                    optim_state_dict=state["optimiser"])
     return state["progress"]
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """DCP wraps whatever happens, Ctrl-C too, in its own BaseException: raise what it was."""
+    try:
+        yield
+    except CheckpointException as error:
+        cause, _ = next(iter(error.failures.values()))
+        if isinstance(cause, OSError):
+            raise storage_error(cause, folder) from error
+        if isinstance(cause, Exception):  # of many kinds for a damaged folder
+            raise VicugnaError(f"the training state cannot be used ({type(cause).__name__})",
+                               str(folder), "Delete it to start the stage again") from error
+        raise cause from error

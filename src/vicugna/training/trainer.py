@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vicugna import progress
 from vicugna.errors import VicugnaError
-from vicugna.files import storage_error
+from vicugna.files import storage_error, write_text
 from vicugna.models.layers.moe import MoE
 from vicugna.training import cost, optimisers, parallel, state
 from vicugna.training.loss import Objective
@@ -30,7 +30,7 @@ class WeightedBatch:
     """This rank's rows of one step, [B, T] each: int64 ids, positions, targets, float32 weights.
 
     `norm` is what the sum of the weighted losses over all ranks is divided by. `extra` is noted
-    in the metrics; `tokens` counts what was computed for the batch beside the training itself.
+    in the metrics.
     """
 
     tokens_BT: Tensor
@@ -43,13 +43,14 @@ class WeightedBatch:
 
 def train(network: nn.Module, batch_of: Callable[[int], WeightedBatch], spec: StageSpec,
           folder: Path, where: str, ranks: Ranks,
-          validate: Callable[[int], dict[str, float]] | None = None) -> dict[str, Any]:
+          validate: Callable[[nn.Module, int], dict[str, float]] | None = None) -> dict[str, Any]:
     """Train `network` in place for `spec.steps` steps, going on from `folder`/state if it is there.
 
     `batch_of(step)` must be a pure function of the step and the network's weights, so that a run
-    killed anywhere ends in the same bytes. `validate(step)` gives what to note after a step, {}
-    when it is not due. Metrics go to `folder`/metrics.jsonl, a line a step. Returns the cost:
-    steps, tokens, flops, seconds, skipped steps and peak memory.
+    killed anywhere ends in the same bytes. `validate(module, step)` gives what to note after a
+    step, {} when it is not due; `module` is the Objective as wrapped for the ranks. Metrics go to
+    `folder`/metrics.jsonl, a line a step. Returns the cost: tokens, flops, device-seconds, skipped
+    steps and peak memory.
     Raises VicugnaError when the loss stays non-finite.
     """
     network.to(ranks.device).train()
@@ -57,26 +58,25 @@ def train(network: nn.Module, batch_of: Callable[[int], WeightedBatch], spec: St
     objective = Objective(network, spec.precision)
     module = parallel.wrap(objective, network, spec.parallel, spec.precision, muon, ranks)
     opts = optimisers.build(network, spec.optimiser)
-    done = state.load(folder, module, opts, ranks) or {
-        "step": 0, "skipped": 0, "tokens": 0, "seconds": 0.0, "flops": 0.0}
+    done = state.load(folder, module, opts, ranks) or dict(state.BEGINNING)
+    patience = min(PATIENCE, -(-spec.steps // 2))
     rate = cost.matmul_rate(objective.dtype, ranks.device) * ranks.world
     metrics = Metrics(folder, done["step"]) if ranks.first else None
-    bad = 0
-    with progress.bar(where, spec.steps) as report:
+    with progress.bar(where, spec.steps, ranks.first) as report:
         for step in range(done["step"], spec.steps):
             start = time.perf_counter()
             batch = batch_of(step)
             optimisers.set_factor(opts, optimisers.factor(spec.optimiser, step, spec.steps))
             loss, norm = _step(module, network, opts, batch, spec, ranks)
-            bad = 0 if _finite(loss, norm) else bad + 1
-            if bad >= PATIENCE:
-                raise VicugnaError(f"the loss was not finite for {PATIENCE} steps in a row, the "
+            bad = 0 if _finite(loss, norm) else done["bad"] + 1
+            if bad >= patience:
+                raise VicugnaError(f"the loss was not finite for {patience} steps in a row, the "
                                    f"last being step {step}", where,
                                    "Lower optimiser.learning_rate, or use precision: fp32")
             seconds = time.perf_counter() - start
             tokens = int(ranks.total(batch.tokens_BT.numel())[0])
             flops = tokens * cost.flops_per_token(network, batch.tokens_BT.shape[1])
-            done = {"step": step + 1, "skipped": done["skipped"] + (bad > 0),
+            done = {"step": step + 1, "skipped": done["skipped"] + (bad > 0), "bad": bad,
                     "tokens": done["tokens"] + tokens, "seconds": done["seconds"] + seconds,
                     "flops": done["flops"] + flops}
             row = {"step": step, "loss": loss, "grad_norm": norm,
@@ -85,7 +85,7 @@ def train(network: nn.Module, batch_of: Callable[[int], WeightedBatch], spec: St
                    "mfu": flops / seconds / rate, "skipped": done["skipped"], **batch.extra}
             if validate is not None:
                 network.eval()
-                row |= validate(step)
+                row |= validate(module, step)
                 network.train()
             if metrics is not None:
                 metrics.write(row)
@@ -110,20 +110,21 @@ def _step(module: nn.Module, network: nn.Module, opts: list[torch.optim.Optimize
     total = torch.zeros((), device=ranks.device)
     for start in range(0, rows, micro):
         part = slice(start, start + micro)
-        loss = module(*(x[part].to(ranks.device) for x in (
-            batch.tokens_BT, batch.positions_BT, batch.targets_BT, batch.weights_BT)))
-        # DDP and FSDP2 average gradients over ranks; the loss is a sum over them.
-        (loss * (ranks.world / batch.norm)).backward()
+        with parallel.accumulating(module, last=start + micro >= rows):
+            loss = module(*(x[part].to(ranks.device) for x in (
+                batch.tokens_BT, batch.positions_BT, batch.targets_BT, batch.weights_BT)))
+            # DDP and FSDP2 average gradients over ranks; the loss is a sum over them.
+            (loss * (ranks.world / batch.norm)).backward()
         total += loss.detach() / batch.norm
     loss_value = ranks.total(total.item())[0]
     grad = torch.nn.utils.clip_grad_norm_(network.parameters(), spec.optimiser.clip)
     norm = float(grad.full_tensor() if hasattr(grad, "full_tensor") else grad)
-    if _finite(loss_value, norm):
-        for opt in opts:
-            opt.step()
-        balance_experts(network, ranks)
+    fine = _finite(loss_value, norm)
     for opt in opts:
+        if fine:
+            opt.step()
         opt.zero_grad()
+    balance_experts(network, ranks, 1e-3 if fine else 0.0)
     return loss_value, norm
 
 
@@ -131,12 +132,14 @@ def _finite(*values: float) -> bool:
     return all(abs(value) < float("inf") for value in values)
 
 
-def balance_experts(network: nn.Module, ranks: Ranks, rate: float = 1e-3) -> None:
-    """Nudge each expert's routing bias towards an even load (DeepSeek V3, arXiv 2412.19437)."""
+def balance_experts(network: nn.Module, ranks: Ranks, rate: float) -> None:
+    """Nudge each expert's routing bias towards an even load (DeepSeek V3, arXiv 2412.19437), and
+    begin to count anew."""
     for module in network.modules():
         if isinstance(module, MoE):
             load_E = torch.tensor(ranks.total(*module.tokens_per_expert.tolist()))
             module.expert_bias += rate * torch.sign(load_E.mean() - load_E).to(module.expert_bias)
+            module.tokens_per_expert.zero_()
 
 
 class Metrics:
@@ -145,11 +148,10 @@ class Metrics:
     def __init__(self, folder: Path, step: int) -> None:
         """Open for writing from `step` on: later lines, of a killed process, are dropped."""
         self.path = folder / "metrics.jsonl"
-        kept = [line for line in self._lines() if json.loads(line)["step"] < step]
+        write_text(self.path, "".join(line for line in self._lines()
+                                      if json.loads(line)["step"] < step))
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.path, "w", encoding="utf-8")  # noqa: SIM115 - closed by close()
-            self.file.writelines(kept)
+            self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
         except OSError as error:
             raise storage_error(error, self.path) from error
         try:
@@ -166,7 +168,8 @@ class Metrics:
         return [line for line in lines if line.endswith("\n")]
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append one step's figures."""
+        """Append one step's figures; null stands for what is not finite."""
+        row = {key: value if _finite(value) else None for key, value in row.items()}
         try:
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()
@@ -174,7 +177,7 @@ class Metrics:
             raise storage_error(error, self.path) from error
         if self.board is not None:
             for key, value in row.items():
-                if key != "step":
+                if key != "step" and value is not None:
                     self.board.add_scalar(key, value, row["step"])
 
     def close(self) -> None:

@@ -14,6 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+BLOCK = 128  # queries met at once on CPU
+LONGEST_BLOCKED = 2048  # tokens; beyond, memory matters more than the speed of blocks
+
+
 @dataclass(frozen=True)
 class Span:
     """What a layer may see: every earlier position, or only the last `window`, itself included."""
@@ -64,6 +68,8 @@ class Dense:
             return self._banded(q, k, v, window).transpose(1, 2)
         if window is not None and window >= T:
             window = None
+        if window is None and q.device.type == "cpu" and T <= LONGEST_BLOCKED:
+            return self._blocked(q, k, v).transpose(1, 2)
         grouped = q.shape[1] != k.shape[1]
         if window is None and self.first_BT is None:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
@@ -85,6 +91,30 @@ class Dense:
                 visible = visible & (key_S >= self.first_BT[:, :, None])
             self._masks[key] = _additive(visible, like.dtype)[:, None]
         return self._masks[key]
+
+    def _blocked(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor) -> Tensor:
+        """Causal attention by blocks of queries, each over the keys up to its end.
+
+        On CPU, forward and backward take half to three quarters of the time of PyTorch's flash
+        kernel, for the memory of the probabilities: about B * H * T * T / 2 of them.
+        """
+        B, H, T, K = q_BHTK.shape
+        G, C = k_BGTK.shape[1], min(BLOCK, T)
+        q = (q_BHTK * K**-0.5).reshape(B, G, H // G, T, K)
+        after = torch.full((C, C), float("-inf"), dtype=q.dtype).triu(1)
+        out = []
+        for start in range(0, T, C):
+            end = min(T, start + C)
+            n = end - start
+            rows = q[:, :, :, start:end].reshape(B, G, H // G * n, K)
+            scores = (rows @ k_BGTK[:, :, :end].transpose(-1, -2)).view(B, G, H // G, n, end)
+            if self.first_BT is None:
+                scores[..., start:] += after[:n, :n]
+            else:
+                scores += self._mask(T, None, q)[:, :, None, start:end, :end]
+            p = scores.softmax(-1).reshape(B, G, H // G * n, end)
+            out.append((p @ v_BGTK[:, :, :end]).view(B, G, H // G, n, K))
+        return torch.cat(out, dim=3).reshape(B, H, T, K)
 
     def _banded(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, W: int) -> Tensor:
         """Sliding window in blocks: queries of a block meet the keys of it and of the one before.

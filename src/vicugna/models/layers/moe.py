@@ -14,7 +14,7 @@ from torch import Tensor, nn
 class MoE(nn.Module):
     """E experts of width F, of which each token uses `top_k`.
 
-    `expert_bias` [E] is set by training from `tokens_per_expert`, the counts of the last forward.
+    `expert_bias` [E] is set by training from `tokens_per_expert`, counted in training mode.
     """
 
     expert_bias: Tensor
@@ -38,9 +38,11 @@ class MoE(nn.Module):
 
         # Sort (token, choice) pairs by expert, so that each expert sees one contiguous block.
         expert_M, order_M = chosen_Nk.flatten().sort(stable=True)
-        self.tokens_per_expert = torch.bincount(expert_M, minlength=score_NE.shape[1])
+        count_E = torch.bincount(expert_M, minlength=score_NE.shape[1])
+        if self.training:
+            self.tokens_per_expert = self.tokens_per_expert.to(count_E.device) + count_E
         token_M = order_M // self.top_k
-        blocks = x_ND[token_M].split(self.tokens_per_expert.tolist())
+        blocks = x_ND[token_M].split(count_E.tolist())
         out_MD = torch.cat([self._expert(e, block) for e, block in enumerate(blocks)])
         out_MD = out_MD * weight_Nk.flatten()[order_M, None]
         return torch.zeros_like(x_ND).index_add(0, token_M, out_MD).reshape(x_BTD.shape)

@@ -1,0 +1,311 @@
+"""A run's life: killed, interrupted and failing anywhere, it goes on and ends in the same bytes."""
+
+from __future__ import annotations
+
+import errno
+import inspect
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lives import RECIPE, arguments, live_of, made_by, start
+
+import vicugna
+from vicugna import run
+from vicugna.errors import VicugnaError
+from vicugna.files import owned, read_json
+from vicugna.release import Ledger, verify
+from vicugna.training import cost, learn
+from vicugna.training.parallel import Ranks
+from vicugna.training.recipe import Recipe, read
+
+KILLS = int(os.environ.get("VICUGNA_KILLS", "2"))  # more take minutes
+
+
+def begun(process: subprocess.Popen[str]) -> None:
+    """Wait until the process has imported all and says its first word."""
+    assert process.stderr
+    assert process.stderr.readline(), process.communicate()
+
+
+def test_killed_anywhere_it_ends_in_the_same_bytes(tiny: Path, tmp_path: Path) -> None:
+    folder, moments = tmp_path / "runs" / "tiny", random.Random(os.urandom(8))
+    for _ in range(KILLS):
+        process = start(*arguments(folder))
+        begun(process)
+        time.sleep(moments.uniform(0, 12 / KILLS))
+        process.kill()
+        process.communicate()
+    ended = live_of(folder)
+    assert ended.code == 0, ended.err
+    assert made_by(folder) == made_by(tiny)
+    assert not list(folder.rglob("*.old*")) and not list(folder.rglob("*.tmp"))
+    assert all(check.ok for check in verify(folder / "06-release" / "release", 4))
+    assert Ledger(folder.parent / "ledger.sqlite").check() is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_it_says_so_and_goes_on(number: int, tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "tiny"
+    process = start(*arguments(folder))
+    begun(process)
+    time.sleep(random.Random(os.urandom(8)).uniform(0, 3))
+    process.send_signal(number)
+    _, err = process.communicate()
+    if process.returncode != 0:  # it may have been done by then
+        assert process.returncode == 130 and "Traceback" not in err
+        assert err.endswith("vicugna: interrupted; the same command goes on from here\n")
+        attempts = Ledger(folder.parent / "ledger.sqlite").attempts()
+        assert {a.outcome for a in attempts} <= {"done", "interrupted"}
+
+
+class Life:
+    """A life of four steps without any file or process, to stop and to change."""
+
+    def __init__(self, folder: Path, **changes: Any) -> None:
+        (folder / "text.txt").write_text("The old teacher bought 12 pillows. " * 200)
+        self.folder = folder / "runs" / "r"
+        source = {"source": str(folder / "text.txt")}
+        self.values: dict[str, Any] = {
+            "model": {"depth": 1, "width": 16, "heads": 2, "context": 256, "window": 8},
+            "data": {"sources": [source]},
+            "tokenizer": {"vocab_size": 300, "bytes_per_source": 5000},
+            "pretrain": {"steps": 4, "rows": 2, "sequence_length": 32, "precision": "fp32",
+                         "sources": [source], "checkpoint_every": 1, "validation_rows": 0},
+            **changes}
+
+    def __call__(self, only: str | None = None) -> run.Run:
+        return run.live(Recipe.model_validate(self.values), self.folder, Ranks(), only)
+
+    @property
+    def ledger(self) -> Ledger:
+        return Ledger(self.folder.parent / "ledger.sqlite")
+
+
+@pytest.fixture
+def life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Life:
+    monkeypatch.setattr(cost, "matmul_rate", lambda dtype, device: 1e9)
+    monkeypatch.setattr(run, "write_report", lambda folder, ledger: None)
+    return Life(tmp_path)
+
+
+EVAL = {"groups": [{"group": "g", "task": "reasoning.steps", "n": 3, "max_new_tokens": 3}]}
+
+
+def test_every_storage_call_may_be_the_last(life: Life, monkeypatch: pytest.MonkeyPatch,
+                                            tmp_path: Path) -> None:
+    """The process dies at the first, then at the second, ... call that changes the disk."""
+    life.values["eval"] = EVAL
+    calm = Life(tmp_path, eval=EVAL)
+    calm.folder = tmp_path / "calm" / "r"
+    calm()
+    real = {name: getattr(os, name) for name in ("replace", "fsync", "rename", "truncate")}
+    deaths = left = 0
+
+    def dying(name: str) -> Any:
+        def call(*arguments: Any, **how: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise SystemExit("killed")
+            return real[name](*arguments, **how)
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in real:
+            patch.setattr(os, name, dying(name))
+        for tried in range(0, 1000, 5):
+            left = tried
+            try:
+                life()
+                break
+            except SystemExit:
+                deaths += 1
+    assert deaths > 5
+    for stage in ("01-tokenizer", "02-pretrain"):
+        for path in (calm.folder / stage / "checkpoint").iterdir():
+            assert path.read_bytes() == (life.folder / stage / "checkpoint" / path.name
+                                         ).read_bytes()
+    name = "05-eval/pretrain/results.json"
+    assert (calm.folder / name).read_bytes() == (life.folder / name).read_bytes()
+
+
+def test_what_is_done_is_not_done_again(life: Life, monkeypatch: pytest.MonkeyPatch) -> None:
+    life()
+    before = read_json(life.folder / "02-pretrain" / "stage.json")
+    monkeypatch.setattr(learn, "from_data", None)  # would raise
+    life()
+    assert read_json(life.folder / "02-pretrain" / "stage.json") == before
+    assert len(life.ledger.attempts()) == 2
+
+
+def test_an_edited_recipe_redoes_what_it_changes(life: Life) -> None:
+    life()
+    life.values["pretrain"]["steps"] = 5
+    life()
+    assert (life.folder / "02-pretrain.old-1" / "stage.json").exists()
+    assert not (life.folder / "01-tokenizer.old-1").exists()
+    text = Path(life.values["data"]["sources"][0]["source"])
+    text.write_text(text.read_text() + "Snow fell. " * 50)  # data is an input, too
+    life()
+    assert (life.folder / "01-tokenizer.old-1").exists()
+    assert (life.folder / "02-pretrain.old-2").exists()
+
+
+def test_the_stored_recipe_lives_the_same_life(life: Life, tmp_path: Path) -> None:
+    first = life()
+    recipe = read(life.folder / "recipe.yaml")
+    assert recipe.digest == first.recipe.digest
+    again = run.live(recipe, tmp_path / "again" / "r", Ranks())
+    assert again.done("pretrain")["output"] == first.done("pretrain")["output"]  # type: ignore[index]
+
+
+def test_a_changed_checkpoint_is_noticed(life: Life) -> None:
+    life()
+    path = life.folder / "02-pretrain" / "checkpoint" / "model.safetensors"
+    changed = bytearray(path.read_bytes())
+    changed[-1] ^= 1
+    path.write_bytes(changed)
+    life.values["eval"] = EVAL
+    with pytest.raises(VicugnaError, match="not the one this stage made"):
+        life()
+
+
+def test_another_process_in_the_folder(life: Life) -> None:
+    with owned(life.folder), pytest.raises(VicugnaError, match="another process is using"):
+        life()
+
+
+@pytest.mark.parametrize("text", ['{"format": 0}', "[]", "{"])
+def test_an_older_run(text: str, life: Life) -> None:
+    life.folder.mkdir(parents=True)
+    (life.folder / "run.json").write_text(text)
+    with pytest.raises(VicugnaError, match=r"another folder|Correct the file"):
+        life()
+    assert sorted(p.name for p in life.folder.iterdir()) == [".lock", "run.json"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
+@pytest.mark.parametrize("when", [0, 2, 9, 14, 20])
+def test_a_disk_that_fails(code: int, when: int, life: Life, monkeypatch: pytest.MonkeyPatch
+                           ) -> None:
+    """Full, or read-only: said in one line, nothing half-written, and the run goes on later."""
+    left, real = when, os.fsync
+
+    def fsync(handle: int) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(code, os.strerror(code))
+        real(handle)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        with pytest.raises(VicugnaError, match=r"disk is full|no permission") as error:
+            life()
+        assert str(life.folder) in error.value.where
+    assert not [p for p in life.folder.rglob("*") if p.name.endswith((".tmp", ".old"))]
+    done = life()
+    assert done.done("pretrain")
+    assert {a.outcome for a in life.ledger.attempts()} <= {"done", "failed"}
+
+
+def test_a_state_that_cannot_be_written(life: Life, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk fills up inside PyTorch's writer, which wraps errors in its own."""
+    import torch.distributed.checkpoint.filesystem as filesystem
+
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(filesystem, "_write_item", full)
+    with pytest.raises(VicugnaError, match="the disk is full"):
+        life()
+
+
+def test_memory_that_runs_out(life: Life, monkeypatch: pytest.MonkeyPatch) -> None:
+    life.values["pretrain"]["rows"] = 100_000_000
+    with pytest.raises(VicugnaError, match=r"micro_rows to \d+, which fits"):
+        life()
+    life.values["pretrain"]["rows"] = 2
+    life.values["model"] = {"depth": 500}
+    with pytest.raises(VicugnaError, match=r"million parameters.*Lower model.depth"):
+        life()
+
+    def greedy(*arguments: Any, **how: Any) -> None:
+        torch.empty(1 << 60)
+
+    monkeypatch.setattr(learn, "from_data", greedy)
+    life.values["model"] = {"depth": 1, "width": 16, "heads": 2, "context": 256}
+    with pytest.raises(VicugnaError, match="memory ran out"):
+        life()
+    assert life.ledger.attempts()[-1].outcome == "failed"
+
+
+def test_own_chats_tune_a_llama_made_by_transformers(life: Life, tmp_path: Path) -> None:
+    """A recipe with sft and eval only, from a Hugging Face folder, on the user's own lines."""
+    transformers = pytest.importorskip("transformers")
+    from vicugna import tokenizer
+    words = tokenizer.train(["Was ist das? The code is 12. Yes."] * 3, 300)
+    config = transformers.LlamaConfig(
+        vocab_size=words.vocab_size, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=512)
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    words.save(tmp_path / "llama")
+    lines = [{"messages": [{"role": "user", "content": f"Code {n}?"},
+                           {"role": "assistant", "content": str(n)}]} for n in range(60)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    mine = [{"source": str(tmp_path / "mine.jsonl")}]
+    sft = {**life.values.pop("pretrain"), "sources": mine, "sequence_length": 64}
+    life.values |= {"model": {"start": str(tmp_path / "llama")}, "data": {"sources": mine},
+                    "sft": sft, "eval": EVAL}
+    done = life()
+    tuned = vicugna.load(done.place("sft") / "checkpoint")
+    assert tuned.config.to_dict()["model_type"] == "llama"
+    assert tuned.tokenizer and tuned.tokenizer.digest == words.digest
+    started = vicugna.load(tmp_path / "llama")
+    assert tuned.digest != started.digest
+    assert started.digest in life.ledger.attempts()[1].parents
+    hers = transformers.AutoModelForCausalLM.from_pretrained(done.place("sft") / "checkpoint")
+    tokens = torch.tensor([[5, 6, 7]])
+    torch.testing.assert_close(hers(tokens).logits, tuned.logits(tokens), atol=1e-5, rtol=1e-5)
+    assert "05-eval" in {p.name for p in life.folder.iterdir()}
+
+
+def test_own_texts_raise_a_model(life: Life, tmp_path: Path) -> None:
+    text = inspect.getsource(inspect)
+    lines = [json.dumps({"text": text[n:n + 400]}) for n in range(0, 40_000, 400)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(lines))
+    mine = [{"source": str(tmp_path / "mine.jsonl")}]
+    life.values["data"]["sources"] = mine
+    life.values["pretrain"] |= {"sources": mine, "validation_rows": 2}
+    life()
+    rows = (life.folder / "02-pretrain" / "metrics.jsonl").read_text().splitlines()
+    assert "validation_loss" in json.loads(rows[-1])
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"eval": {"groups": [{"group": "g", "task": "reasoning.stepz", "n": 3}]}}, "reasoning.steps"),
+    ({"eval": {"groups": [{"group": "g", "task": "reasoning.steps", "number": 3}]}}, "number"),
+    ({"sft": {"steps": 1, "sequence_length": 32, "sources": ["gone.jsonl"]}}, "gone.jsonl"),
+    ({"sft": {"steps": 1, "sequence_length": 512, "sources": ["stdlib"]}}, "the context holds 256"),
+    ({"rl": {"steps": 1, "tasks": ["stdlib"]}}, "gives no rewards"),
+])
+def test_what_later_stages_need_is_checked_first(changes: dict[str, Any], said: str, life: Life
+                                                 ) -> None:
+    life.values |= changes
+    with pytest.raises(VicugnaError, match=said):
+        life()
+    assert not life.folder.exists()
+
+
+def test_recipes_of_the_repository_are_sound() -> None:
+    for path in RECIPE.parent.glob("*.yaml"):
+        run._check(read(path))

@@ -1,0 +1,100 @@
+"""What two processes do for test_ranks.py, started by torchrun: train in every parallel way.
+
+Arguments: the folder to write to, and what to do. Alone, it is the process to compare with.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from kit import batch, network, spec, stopping_at
+from torch import nn
+
+from vicugna import tokenizer
+from vicugna.checkpoint import digest
+from vicugna.files import write_json
+from vicugna.training import cost, grpo, learn
+from vicugna.training.parallel import Ranks, process_group
+from vicugna.training.recipe import RlSpec
+from vicugna.training.trainer import train
+
+ADAMW = {"kind": "adamw", "learning_rate": 0.01}
+MIXED = {"num_experts": 4, "num_experts_per_tok": 2}
+WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "ddp": (MIXED, {}), "fsdp": ({}, {"parallel": "fsdp", "optimiser": ADAMW}),
+    "untied": ({"tie_word_embeddings": False}, {"parallel": "fsdp", "optimiser": ADAMW,
+                                                "precision": "bf16"})}
+
+
+def validated(ranks: Ranks, module: nn.Module, step: int) -> dict[str, float]:
+    with torch.no_grad():
+        b = batch(1000, ranks.rank, ranks.world)
+        loss = module(b.tokens_BT, b.positions_BT, b.targets_BT, b.weights_BT)
+    return {"validation_loss": ranks.total(float(loss))[0]}
+
+
+def trained(way: str, folder: Path, ranks: Ranks, stop: int = 99) -> None:
+    shape, how = WAYS[way]
+    net = network(**shape)
+    share = partial(batch, rank=ranks.rank, world=ranks.world)
+    train(net, stopping_at(stop, share), spec(**how), folder, way, ranks,
+          partial(validated, ranks))
+    whole = learn.whole(net)
+    if ranks.first:
+        write_json(folder / "digest.json", digest(whole.state_dict(), {}, None, {}))
+
+
+def reinforced(folder: Path, ranks: Ranks) -> None:
+    words = tokenizer.train(["Tom has 3 apples and buys 4. How many? 7"] * 3, 300)
+    how = RlSpec(steps=3, prompts=4, group=4, tasks=({"source": "task:reasoning.steps"},),
+                 precision="fp32", max_new_tokens=5, micro_rows=1,
+                 optimiser={"learning_rate": 1e-4, "muon_learning_rate": 1e-3})
+    net = network(vocab_size=words.vocab_size, max_position_embeddings=4096, **MIXED)
+
+    def answers(step: int) -> Any:
+        made = grpo.rollout(net, words, how, 0, step, ranks)
+        if ranks.world == 1 or ranks.rank:
+            return made
+        # Ranks may have different numbers of rows: this one has one more, that weighs nothing.
+        tokens, positions, targets = (torch.cat([x, x[:1]]) for x in (
+            made.tokens_BT, made.positions_BT, made.targets_BT))
+        weights = torch.cat([made.weights_BT, 0 * made.weights_BT[:1]])
+        return replace(made, tokens_BT=tokens, positions_BT=positions, targets_BT=targets,
+                       weights_BT=weights)
+
+    train(net, answers, how, folder, "rl", ranks)
+
+
+def main() -> None:
+    folder, what = Path(sys.argv[1]), sys.argv[2]
+    cost.matmul_rate = lambda dtype, device: 1e9  # type: ignore[assignment]
+    grpo.reward = lambda item, completion, words: (  # type: ignore[assignment]
+        sum(token % 2 for token in completion.tokens) / len(completion.tokens))
+    with process_group() as ranks:
+        if what == "fail":  # one rank fails while the other waits for it
+            if ranks.rank == 1:
+                raise RuntimeError("this rank fails")
+            ranks.wait()
+        if what == "resume":
+            trained("fsdp", folder / "fsdp-alone", ranks)
+            return
+        for way in WAYS:
+            trained(way, folder / way, ranks)
+        reinforced(folder / "rl", ranks)
+        if ranks.world == 1:
+            return
+        for name in ("fsdp-killed", "fsdp-alone", "ddp-killed"):
+            with suppress(KeyboardInterrupt):
+                trained(name.split("-")[0], folder / name, ranks, stop=5)
+        for name in ("fsdp-killed", "ddp-killed"):
+            trained(name.split("-")[0], folder / name, ranks)
+
+
+if __name__ == "__main__":
+    main()
