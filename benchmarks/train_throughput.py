@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import time
 import warnings
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from vicugna.training.parallel import Ranks
 from vicugna.training.recipe import OptimiserSpec, StageSpec
 from vicugna.training.trainer import WeightedBatch, train
 
-SHAPE = {"vocab_size": 32000, "hidden_size": 512, "intermediate_size": 1408,
+SHAPE: dict[str, Any] = {"vocab_size": 32000, "hidden_size": 512, "intermediate_size": 1408,
          "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4,
          "max_position_embeddings": 1024, "tie_word_embeddings": True}
 LEARNING_RATE = 1e-4
@@ -64,7 +65,7 @@ def theirs(state: dict[str, torch.Tensor], batches: list[torch.Tensor], precisio
     with torch.no_grad():
         loss = network(batches[-1][:1].to(network.device),
                        labels=batches[-1][:1].to(network.device)).loss.item()
-    return statistics.median(b - a for a, b in zip(times.ends, times.ends[1:], strict=False)), loss
+    return statistics.median(b - a for a, b in pairwise(times.ends)), loss
 
 
 def ours(state: dict[str, torch.Tensor], batches: list[torch.Tensor], precision: str
@@ -82,7 +83,7 @@ def ours(state: dict[str, torch.Tensor], batches: list[torch.Tensor], precision:
         return WeightedBatch(tokens[:, :-1], positions, tokens[:, 1:], weights,
                              float(weights.sum()), {})
 
-    spec = StageSpec(steps=len(batches), precision=precision, checkpoint_every=10**9,  # type: ignore[arg-type]
+    spec = StageSpec(steps=len(batches), precision=precision, checkpoint_every=10**9,
                      optimiser=OptimiserSpec(kind="adamw", learning_rate=LEARNING_RATE,
                                              schedule="wsd", warmup=0, decay=1e-9, beta1=0.9))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -92,7 +93,7 @@ def ours(state: dict[str, torch.Tensor], batches: list[torch.Tensor], precision:
     reference.load_state_dict(network.state_dict())
     with torch.no_grad():
         loss = reference(batches[-1][:1], labels=batches[-1][:1]).loss.item()
-    return statistics.median(b - a for a, b in zip(begins, begins[1:], strict=False)), loss
+    return statistics.median(b - a for a, b in pairwise(begins)), loss
 
 
 def main() -> None:

@@ -1,7 +1,5 @@
 """Files that are never half-written, and folders that one process owns at a time."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import hashlib
@@ -19,22 +17,31 @@ from vicugna.errors import VicugnaError
 
 def storage_error(error: OSError, path: str | Path) -> VicugnaError:
     """Turn an operating-system error about `path` into one that says what to do."""
-    where = str(path)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return VicugnaError("the disk is full", where, "Free some space and run the command again")
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return VicugnaError("no permission to write or read here", where,
-                            "Choose a folder you own, or change its permissions")
-    if error.errno == errno.ENOENT:
-        return VicugnaError("no such file or folder", where, "Check the path")
-    if error.errno in (errno.ENOTDIR, errno.EISDIR):
-        return VicugnaError("a file stands where a folder is needed, or the other way round",
-                            where, "Check the path")
-    return VicugnaError(error.strerror or str(error), where, "Check the path and the disk")
+    for numbers, what, fix in (
+        ((errno.ENOSPC, errno.EDQUOT), "the disk is full",
+         "Free some space and run the command again"),
+        ((errno.EACCES, errno.EPERM, errno.EROFS), "no permission to write or read here",
+         "Choose a folder you own, or change its permissions"),
+        ((errno.ENOENT,), "no such file or folder", "Check the path"),
+        ((errno.ENOTDIR, errno.EISDIR),
+         "a file stands where a folder is needed, or the other way round", "Check the path"),
+    ):
+        if error.errno in numbers:
+            return VicugnaError(what, str(path), fix)
+    return VicugnaError(error.strerror or str(error), str(path), "Check the path and the disk")
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+@contextmanager
+def disk_errors(path: str | Path) -> Iterator[None]:
+    """Raise the block's OSErrors about `path` as storage_error() words them."""
+    try:
+        yield
+    except OSError as error:
+        raise storage_error(error, path) from error
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -44,76 +51,58 @@ def _sync_folder(folder: Path) -> None:
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path; when the block succeeds, fsync it and rename it over `path`.
-
-    On any failure the temporary file is removed and `path` is as it was.
-    """
+    On any failure the temporary file is removed and `path` is as it was."""
     path = Path(path)
-    try:
+    with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    except OSError as error:
-        raise storage_error(error, path) from error
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise storage_error(error, path) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            _sync(temporary)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+            _sync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def replacing_folder(path: str | Path) -> Iterator[Path]:
     """Yield a temporary folder; when the block succeeds, it takes the place of folder `path`.
-
-    The old folder, if any, is removed only once the new one is complete and on disk.
-    """
+    The old folder, if any, is removed only once the new one is complete and on disk."""
     path = Path(path)
-    try:
+    with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
         os.chmod(temporary, 0o755)
-    except OSError as error:
-        raise storage_error(error, path) from error
-    old = temporary.with_suffix(".old")
-    try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                with open(file, "rb") as stream:
-                    os.fsync(stream.fileno())
-            else:
-                _sync_folder(file)
-        _sync_folder(temporary)
-        if path.exists():
-            os.replace(path, old)
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise storage_error(error, path) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if old.exists():
+        old = temporary.with_suffix(".old")
+        try:
+            yield temporary
+            for inner in (*temporary.rglob("*"), temporary):
+                _sync(inner)
             if path.exists():
-                shutil.rmtree(old, ignore_errors=True)
-            else:
-                os.replace(old, path)
+                os.replace(path, old)
+            os.replace(temporary, path)
+            _sync(path.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            _settle(old, path)
+
+
+def _settle(old: Path, path: Path) -> None:
+    """Drop the folder `old` if what should replace it stands at `path`; else bring it back."""
+    if path.exists():
+        shutil.rmtree(old, ignore_errors=True)
+    elif old.exists():
+        os.replace(old, path)
 
 
 def sweep_temporaries(folder: str | Path) -> None:
     """Tidy what a killed process left in `folder`: drop `.*.tmp`, and bring `.NAME.*.old` back."""
     for left in Path(folder).glob(".*.old"):
-        original = left.parent / left.name[1:].rsplit(".", 2)[0]
-        if original.exists():
-            shutil.rmtree(left, ignore_errors=True)
-        else:
-            os.replace(left, original)
+        _settle(left, left.parent / left.name[1:].rsplit(".", 2)[0])
     for left in Path(folder).glob(".*.tmp"):
         shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
@@ -129,15 +118,21 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
-def read_json(path: str | Path) -> Any:
-    """Read a JSON file; a missing or malformed one is a VicugnaError naming the line."""
+def read_text(path: str | Path) -> str:
+    """Read a file of UTF-8 text, or raise a VicugnaError."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise storage_error(error, path) from error
+        with disk_errors(path):
+            return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise VicugnaError(f"not UTF-8 text at byte {error.start}", str(path),
                            "Save the file as UTF-8") from error
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file; a missing or malformed one is a VicugnaError naming the line."""
+    text = read_text(path)
+    try:
+        return json.loads(text)
     except json.JSONDecodeError as error:
         raise VicugnaError(f"not valid JSON: {error.msg} (line {error.lineno})", str(path),
                            "Correct the file") from error
@@ -158,25 +153,18 @@ def digest_of(value: Any) -> str:
 
 def digest_file(path: str | Path) -> str:
     """SHA-256 (hex) of a file's bytes."""
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise storage_error(error, path) from error
+    with disk_errors(path), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
 def owned(folder: str | Path) -> Iterator[None]:
     """Hold `folder` for this process alone, by a lock the system drops if the process dies.
-
-    Raises VicugnaError when another process holds it.
-    """
+    VicugnaError when another process holds it."""
     folder = Path(folder)
-    try:
+    with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w")  # noqa: SIM115 - held for the length of the block
-    except OSError as error:
-        raise storage_error(error, folder) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

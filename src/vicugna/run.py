@@ -7,9 +7,6 @@ A stage is done when its stage.json is there, and is not run again while the dig
 stays the same. What an edited recipe makes obsolete is moved aside, never deleted.
 """
 
-from __future__ import annotations
-
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -21,36 +18,21 @@ import torch
 import yaml
 
 import vicugna
-from vicugna import checkpoint, data, evals, models, progress, tasks, tokenizer
+from vicugna import checkpoint, data, evals, files, models, progress, tasks, tokenizer
 from vicugna.data.sources import HUB, STDLIB, TASK, content_digest, paths
 from vicugna.errors import VicugnaError
 from vicugna.evals.plan import grid
-from vicugna.files import (
-    digest_of,
-    owned,
-    read_json,
-    replacing_folder,
-    sweep_temporaries,
-    write_json,
-    write_text,
-)
 from vicugna.model import Model
 from vicugna.release import About, Ledger, make_release
 from vicugna.release.report import write_report
 from vicugna.training import cost, grpo, learn
 from vicugna.training.parallel import Ranks
 from vicugna.training.recipe import STAGES, Recipe
+from vicugna.training.trainer import train
 
 FORMAT = 1
 TRAINED = ("pretrain", "sft", "rl")
-
-
-@dataclass(frozen=True)
-class Made:
-    """What a stage made: the digest of its output, and what it cost."""
-
-    digest: str
-    cost: dict[str, Any]
+Made = tuple[str, dict[str, Any]]  # what a stage made: the digest of its output, and what it cost
 
 
 @dataclass(frozen=True)
@@ -69,7 +51,7 @@ class Run:
     def done(self, stage: str) -> dict[str, Any] | None:
         """What the finished stage's stage.json says, or None."""
         path = self.place(stage) / "stage.json"
-        return read_json(path) if path.exists() else None
+        return files.read_json(path) if path.exists() else None
 
     @property
     def stages(self) -> list[str]:
@@ -84,11 +66,9 @@ class Run:
 
 def live(recipe: Recipe, folder: Path, ranks: Ranks, only: str | None = None,
          say: Callable[[str], None] = lambda line: None) -> Run:
-    """Live the recipe in `folder`, from where it was stopped; with `only`, just that stage.
-
-    Raises VicugnaError when another process uses the folder, when it holds another format, and
-    whatever a stage raises. Interrupted or killed, the same call goes on.
-    """
+    """Live the recipe in `folder`, from where it was stopped; with `only`, just that stage. Raises
+    VicugnaError when another process uses the folder or it holds another format, and what a stage
+    raises. Interrupted or killed, the same call goes on."""
     _check(recipe)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
@@ -97,12 +77,9 @@ def live(recipe: Recipe, folder: Path, ranks: Ranks, only: str | None = None,
         raise VicugnaError(f"the recipe has no stage {only!r}", "--stage",
                            f"Its stages are {', '.join(run.stages)}")
     with _claimed(run):
-        for stage in run.stages:
-            if only is not None and stage != only:
-                if run.stages.index(stage) < run.stages.index(only) and not run.done(stage):
-                    raise VicugnaError(f"stage {stage} is not done", str(folder),
-                                       f"Run it first: --stage {stage}")
-                continue
+        for stage in run.stages[:run.stages.index(only)] if only else ():
+            _output(run, stage)  # it must be there
+        for stage in [only] if only else run.stages:
             _live_stage(run, stage, say)
             ranks.wait()
         if ranks.first:
@@ -139,16 +116,16 @@ def _claimed(run: Run) -> Iterator[None]:
         run.ranks.wait()
         yield
         return
-    with owned(run.folder):
-        sweep_temporaries(run.folder)
+    with files.owned(run.folder):
+        files.sweep_temporaries(run.folder)
         marker = run.folder / "run.json"
-        held = read_json(marker) if marker.exists() else {"format": FORMAT}
+        held = files.read_json(marker) if marker.exists() else {"format": FORMAT}
         if held != {"format": FORMAT}:
             raise VicugnaError(f"a run of {held}, not of format {FORMAT}", str(run.folder),
                                "Choose another folder, or the version of vicugna that made it")
-        write_json(marker, {"format": FORMAT})
-        write_text(run.folder / "recipe.yaml",
-                   yaml.safe_dump(run.recipe.model_dump(mode="json"), sort_keys=False))
+        files.write_json(marker, {"format": FORMAT})
+        text = yaml.safe_dump(run.recipe.model_dump(mode="json"), sort_keys=False)
+        files.write_text(run.folder / "recipe.yaml", text)
         run.ranks.wait()
         yield
 
@@ -156,72 +133,66 @@ def _claimed(run: Run) -> Iterator[None]:
 def _live_stage(run: Run, stage: str, say: Callable[[str], None]) -> None:
     place = run.place(stage)
     inputs, data_digest, parents = _inputs(run, stage)
-    done = run.done(stage)
-    if done is not None and done["inputs"] == inputs:
+    if (done := run.done(stage)) and done["inputs"] == inputs:
         say(f"{stage}: done before")
         return
     run.ranks.wait()
     attempt = ""
     if run.ranks.first:
         _clear(place, inputs, say)
-        write_json(place / "started.json", {"inputs": inputs})
-        attempt = "" if stage == "eval" else run.ledger.open(  # each evaluation has its own
-            stage, run.recipe.release.purpose if run.recipe.release else "research",
-            run.recipe.digest, code_version(), data_digest, parents, str(run.folder.resolve()))
+        files.write_json(place / "started.json", {"inputs": inputs})
+        if stage != "eval":  # each evaluation has its own
+            purpose = run.recipe.release.purpose if run.recipe.release else "research"
+            attempt = run.ledger.open(stage, purpose, run.recipe.digest, code_version(),
+                                      data_digest, parents, str(run.folder.resolve()))
     run.ranks.wait()
     say(f"{stage}: begins")
-    with _recorded(run, attempt):
-        made = WORK[stage](run, place)
+    with _recorded(run.ledger, attempt, run.folder):
+        digest, spent = (WORK[stage](run, place) if stage in TRAINED or run.ranks.first
+                         else ("", {}))  # the first rank alone does the rest
         if run.ranks.first:
             if attempt:
-                run.ledger.close(attempt, "done", made.cost, {"digest": made.digest})
-            write_json(place / "stage.json", {"stage": stage, "inputs": inputs, "cost": made.cost,
-                                              "output": made.digest, "attempt": attempt})
+                run.ledger.close(attempt, "done", spent, {"digest": digest})
+            done = {"stage": stage, "inputs": inputs, "cost": spent, "output": digest}
+            files.write_json(place / "stage.json", {**done, "attempt": attempt})
 
 
 @contextmanager
-def _recorded(run: Run, attempt: str) -> Iterator[None]:
-    """Close the attempt when the stage fails or is interrupted; name what memory would fit."""
+def _recorded(ledger: Ledger, attempt: str, folder: Path) -> Iterator[None]:
+    """Close the attempt, if there is one, when the block fails; say what to do without memory."""
     try:
         yield
     except BaseException as error:
-        _fail(run.ledger, attempt, error)
-        if isinstance(error, MemoryError) or "allocate memory" in str(error) or isinstance(
-                error, torch.OutOfMemoryError):
+        with suppress(VicugnaError):  # it may be closed already, or its disk be full
+            if attempt:
+                ledger.close(attempt, "failed" if isinstance(error, Exception) else "interrupted",
+                             {"peak_memory_bytes": cost.peak_memory()}, {"error": str(error)[:500]})
+        memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if memory or "allocate memory" in str(error):
             raise VicugnaError(
-                "memory ran out", str(run.folder), "Halve micro_rows (rows, when it is not set) or "
+                "memory ran out", str(folder), "Halve micro_rows (rows, when it is not set) or "
                 "sequence_length; in rl, prompts; in eval, batch") from error
         raise
-
-
-def _fail(ledger: Ledger, attempt: str, error: BaseException) -> None:
-    """Close an attempt, if there is one, that ended in `error`."""
-    with suppress(VicugnaError):  # it may be closed already, or its disk be full
-        if attempt:
-            ledger.close(attempt, "failed" if isinstance(error, Exception) else "interrupted",
-                         {"peak_memory_bytes": cost.peak_memory()}, {"error": str(error)[:500]})
 
 
 def _clear(place: Path, inputs: str, say: Callable[[str], None]) -> None:
     """Ready the stage's folder: tidy what was killed, move aside what had other inputs."""
     started = place / "started.json"
-    if started.exists() and read_json(started) != {"inputs": inputs}:
+    if started.exists() and files.read_json(started) != {"inputs": inputs}:
         number = 1
         while (aside := place.with_name(f"{place.name}.old-{number}")).exists():
             number += 1
         place.rename(aside)
         say(f"{place.name}: its inputs changed; the old one is kept as {aside.name}")
     place.mkdir(parents=True, exist_ok=True)
-    sweep_temporaries(place)
+    files.sweep_temporaries(place)
 
 
 def code_version() -> str:
     """The package's version and the digest of its source files."""
     root = Path(vicugna.__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
-    return f"{vicugna.__version__}+{digest.hexdigest()[:12]}"
+    digests = {str(path.relative_to(root)): files.digest_file(path) for path in root.rglob("*.py")}
+    return f"{vicugna.__version__}+{files.digest_of(digests)[:12]}"
 
 
 def _inputs(run: Run, stage: str) -> tuple[str, str, list[str]]:
@@ -230,35 +201,32 @@ def _inputs(run: Run, stage: str) -> tuple[str, str, list[str]]:
     spec = getattr(recipe, stage)
     said = {"stage": stage, "seed": recipe.seed, "spec": spec.model_dump(mode="json")}
     earlier = run.before(stage)
-    parents = [_output(run, s) for s in ([earlier] if earlier else ["tokenizer"])
-               if stage != "tokenizer"]
+    parents = [] if stage == "tokenizer" else [_output(run, earlier or "tokenizer")]
     data_digest = ""
     if earlier is None and recipe.model.start is not None:
         parents.append(vicugna.load(recipe.model.start).digest)
     if stage == "tokenizer":
-        data_digest = digest_of([
+        data_digest = files.digest_of([
             [s.model_dump(mode="json"), "" if s.source.startswith(TASK) else content_digest(s)]
             for s in _texts(recipe)] if recipe.model.start is None else [])
     elif stage in ("pretrain", "sft"):
-        data_digest = learn.open_stream(_tokenizer(run), spec, recipe.seed, _cache(run)).digest
+        data_digest = data.open_stream(spec.sources, _tokenizer(run), spec.sequence_length,
+                                       recipe.seed, run.folder / "tokens").digest
         said["model"] = recipe.model.model_dump(mode="json")
     elif stage == "eval":
         parents = [_output(run, s) for s in _evaluated(run)]
     elif stage == "release":
         parents += [_output(run, "eval")]
-    return digest_of({**said, "data": data_digest, "parents": parents}), data_digest, parents
+    return files.digest_of({**said, "data": data_digest, "parents": parents}), data_digest, parents
 
 
 def _output(run: Run, stage: str) -> str:
+    """The digest of what a stage made; VicugnaError if it is not done."""
     done = run.done(stage)
     if done is None:
         raise VicugnaError(f"stage {stage} is not done", str(run.folder),
                            f"Run it first: --stage {stage}")
     return str(done["output"])
-
-
-def _cache(run: Run) -> Path:
-    return run.folder / "tokens"
 
 
 def _tokenizer(run: Run) -> tokenizer.Tokenizer:
@@ -274,8 +242,6 @@ def _texts(recipe: Recipe) -> list[data.SourceSpec]:
 
 def _make_tokenizer(run: Run, place: Path) -> Made:
     spec, start = run.recipe.tokenizer, run.recipe.model.start
-    if not run.ranks.first:
-        return Made("", {})
     if start is not None:
         made = checkpoint.read(start).tokenizer
         if made is None:
@@ -284,17 +250,17 @@ def _make_tokenizer(run: Run, place: Path) -> Made:
         sources = _texts(run.recipe)
         made = tokenizer.train(data.texts(sources, spec.bytes_per_source * len(sources)),
                                spec.vocab_size)
-    with replacing_folder(place / "checkpoint") as folder:
+    with files.replacing_folder(place / "checkpoint") as folder:
         made.save(folder)
-    return Made(made.digest, {"peak_memory_bytes": cost.peak_memory()})
+    return made.digest, {"peak_memory_bytes": cost.peak_memory()}
 
 
 def _load(run: Run, stage: str) -> Model:
     """The checkpoint that a finished stage made; VicugnaError if it was changed since."""
-    model = vicugna.load(run.place(stage) / "checkpoint")
+    folder = run.place(stage) / "checkpoint"
+    model = vicugna.load(folder)
     if model.digest != _output(run, stage):
-        raise VicugnaError("the checkpoint is not the one this stage made",
-                           str(run.place(stage) / "checkpoint"),
+        raise VicugnaError("the checkpoint is not the one this stage made", str(folder),
                            "Restore it, or delete the stage's folder to make it again")
     return model
 
@@ -317,23 +283,19 @@ def _start(run: Run, stage: str) -> Model:
 
 def _train(run: Run, place: Path) -> Made:
     stage = place.name.split("-", 1)[1]
-    model, recipe = _start(run, stage), run.recipe
-    tok = model.tokenizer
+    model, spec, seed = _start(run, stage), getattr(run.recipe, stage), run.recipe.seed
+    network, tok = model.network, model.tokenizer
     assert tok is not None
     if stage == "rl":
-        assert recipe.rl is not None
-        spent = learn.from_rewards(model.network, tok, recipe.rl, recipe.seed, place, stage,
-                                   run.ranks)
+        spent = train(network, lambda step: grpo.rollout(network, tok, spec, seed, step, run.ranks),
+                      spec, place, stage, run.ranks)
     else:
-        spec = recipe.pretrain if stage == "pretrain" else recipe.sft
-        assert spec is not None
-        spent = learn.from_data(model.network, tok, spec, recipe.seed, place, _cache(run), stage,
+        spent = learn.from_data(network, tok, spec, seed, place, run.folder / "tokens", stage,
                                 run.ranks)
-    model = Model(learn.whole(model.network), tok, model.generation_config)
-    if not run.ranks.first:
-        return Made("", spent)
-    model.save(place / "checkpoint")
-    return Made(model.digest, spent)
+    model = Model(learn.whole(network), tok, model.generation_config)
+    if run.ranks.first:
+        model.save(place / "checkpoint")
+    return model.digest if run.ranks.first else "", spent
 
 
 def _evaluated(run: Run) -> list[str]:
@@ -349,8 +311,6 @@ def _evaluated(run: Run) -> list[str]:
 def _evaluate(run: Run, place: Path) -> Made:
     spec = run.recipe.eval
     assert spec is not None
-    if not run.ranks.first:
-        return Made("", {})
     digests = []
     for stage in _evaluated(run):
         model = _load(run, stage)
@@ -360,29 +320,25 @@ def _evaluate(run: Run, place: Path) -> Made:
                                  or group.get("group") in spec.compare_groups], model.tokenizer)
         digests.append(evaluate(model, plan, spec.batch, place / stage, run.ledger,
                                 run.recipe.digest, str(run.folder.resolve())).digest)
-    return Made(digest_of(digests), {"peak_memory_bytes": cost.peak_memory()})
+    return files.digest_of(digests), {"peak_memory_bytes": cost.peak_memory()}
 
 
 def evaluate(model: Model, plan: list[evals.PlannedItem], batch: int, folder: Path,
              ledger: Ledger, recipe_digest: str, where: str, own_tasks: Any = None
              ) -> evals.Results:
     """Run a planned evaluation into `folder`, entered in the ledger before its first token."""
+    planned, title = evals.plan_digest(plan), f"eval {folder.name}"
     if (folder / "results.json").exists():
-        finished = evals.read_results(folder)[0]
-        if (finished.model_digest, finished.plan_digest) == (
-                model.digest, evals.plan_digest(plan)) and any(
-                a.result.get("digest") == finished.digest for a in ledger.attempts()):
-            return finished
-    attempt = ledger.open("eval", "research", recipe_digest, code_version(),
-                          evals.plan_digest(plan), [model.digest], where)
+        old = evals.read_results(folder)[0]
+        entered = {attempt.result.get("digest") for attempt in ledger.attempts()}
+        if (old.model_digest, old.plan_digest) == (model.digest, planned) and old.digest in entered:
+            return old
+    attempt = ledger.open("eval", "research", recipe_digest, code_version(), planned,
+                          [model.digest], where)
     begun = time.monotonic()
-    try:
-        with progress.bar(f"eval {folder.name}", len(plan)) as report:
-            results = evals.run(model, plan, folder, batch_size=batch, own_tasks=own_tasks,
-                                progress=lambda done, total: report(done, ""))
-    except BaseException as error:
-        _fail(ledger, attempt, error)
-        raise
+    with _recorded(ledger, attempt, folder), progress.bar(title, len(plan)) as report:
+        results = evals.run(model, plan, folder, batch_size=batch, own_tasks=own_tasks,
+                            progress=lambda done, total: report(done, ""))
     ledger.close(attempt, "done", {
         "tokens": results.tokens, "device_seconds": time.monotonic() - begun,
         "flops": results.tokens * cost.flops_per_token(model.network, 1) / 3,
@@ -393,12 +349,10 @@ def evaluate(model: Model, plan: list[evals.PlannedItem], batch: int, folder: Pa
 def _release(run: Run, place: Path) -> Made:
     spec, final = run.recipe.release, run.before("release")
     assert spec is not None and final is not None
-    if not run.ranks.first:
-        return Made("", {})
     about = About(spec.name, spec.summary, list(spec.limits), spec.licence)
     manifest = make_release(run.place(final) / "checkpoint", [run.place("eval") / final],
                             run.ledger, run.folder / "recipe.yaml", place / "release", about)
-    return Made(manifest["release_digest"], {"peak_memory_bytes": cost.peak_memory()})
+    return manifest["release_digest"], {"peak_memory_bytes": cost.peak_memory()}
 
 
 WORK: dict[str, Callable[[Run, Path], Made]] = {

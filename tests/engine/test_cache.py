@@ -101,7 +101,7 @@ def test_before_gives_the_rows_just_before():
 
 def test_no_query_sees_nothing():
     attend = Cache([3, 0, 5])
-    masks = [attend._padding(0, end, torch.float32) for end in (1, 4, 9)]
+    masks = [attend._padding(0, end, torch.zeros(1)) for end in (1, 4, 9)]
     masks.append(attend._without_pads(attend._corner(None, 6, 6, masks[0]), 0))
     masks.append(attend._without_pads(attend._corner(2, 4, 5, masks[0]), 1))
     for mask in masks:

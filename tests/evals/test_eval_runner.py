@@ -226,7 +226,7 @@ SPECS: list[dict[str, Any]] = [
 def test_a_plan_is_fitted_sorted_and_the_same_each_time(model: checkpoint.Checkpoint) -> None:
     assert model.tokenizer
     plan = evals.build_plan(SPECS, model.tokenizer)
-    assert plan == evals.build_plan([evals.Spec(**spec) for spec in SPECS], model.tokenizer)
+    assert plan == evals.build_plan(SPECS, model.tokenizer)
     assert [item.prompt_tokens for item in plan] == sorted(item.prompt_tokens for item in plan)
     for item in plan:
         if item.length_tokens:

@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy import stats
 from statsmodels.api import OLS
 from statsmodels.stats.proportion import proportion_confint
 
-from vicugna.evals.statistics import clustered_variance, interval
+from vicugna.evals.results import interval
 
 
 @pytest.mark.parametrize("right, n", [(0, 1), (1, 1), (0, 30), (29, 30), (500, 1000)])
@@ -18,10 +19,15 @@ def test_independent_items_get_wilsons_interval(right: int, n: int) -> None:
 def test_clustered_variance_is_that_of_statsmodels() -> None:
     rng = np.random.default_rng(0)
     member = rng.integers(0, 25, 300)
-    values = (rng.random(300) < rng.random(25)[member]).astype(float)
-    fit = OLS(values, np.ones(300)).fit(cov_type="cluster", cov_kwds={
+    right = rng.random(300) < rng.random(25)[member]
+    fit = OLS(right.astype(float), np.ones(300)).fit(cov_type="cluster", cov_kwds={
         "groups": member, "use_correction": False, "df_correction": False})
-    assert clustered_variance(values, member) == pytest.approx(fit.bse[0] ** 2)
+    p, effective = right.mean(), right.mean() * (1 - right.mean()) / fit.bse[0] ** 2
+    alpha = 2 * stats.norm.sf(stats.t.isf(0.025, len(np.unique(member)) - 1))
+    low, high, method = interval(list(right), [str(k) for k in member])
+    assert (low, high) == pytest.approx(proportion_confint(
+        p * effective, effective, alpha, method="wilson"))
+    assert method == "clustered"
 
 
 @pytest.mark.parametrize("size, least", [(1, 0.93), (5, 0.92)])

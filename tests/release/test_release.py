@@ -15,9 +15,8 @@ import torch
 from vicugna import checkpoint, evals, models, tokenizer
 from vicugna.errors import Refused, VicugnaError
 from vicugna.files import canonical, digest_file, digest_of, read_json, write_json
-from vicugna.release import About, Ledger, card, make_release, verify
-from vicugna.release.contents import Contents
-from vicugna.release.manifest import files_in, manifest
+from vicugna.release import About, Ledger, make_release, verify
+from vicugna.release.contents import Contents, card, files_in, manifest
 
 SPECS = [{"group": "needle", "task": "retrieval.single", "n": 10, "difficulty": {"length": 200},
           "max_new_tokens": 6},
@@ -212,7 +211,7 @@ def chain_again(folder: Path, changes: dict[str, str]) -> None:
 
 
 def write_card(folder: Path) -> None:
-    (folder / "README.md").write_text(card.render(Contents(folder)))
+    (folder / "README.md").write_text(card(Contents(folder)))
 
 
 def edited_score(folder: Path) -> None:

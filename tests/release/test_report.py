@@ -140,13 +140,15 @@ def test_the_page_shows_every_part(made: Path) -> None:
                  "sequence_length: 500", "1,000 tokens, 2 times the length it was trained on",
                  "The same questions were put", "mean reward", "validation", "n=2", "2×"):
         assert part in page.text, part
-    assert sum(tag == "svg" for tag, _ in page.tags) == 5
+    assert sum(tag == "svg" for tag, _ in page.tags) == 4
+    assert page.tables[0][0] == ["depth", "500", "1,000 2×"]
+    assert page.tables[0][2][0] == "100%" and page.tables[0][2][2].endswith("%n=2")
     assert page.text.count("Start with ") == 2  # a sample that is right and one that is not
 
 
 def test_the_numbers_are_those_of_the_results(made: Path) -> None:
     page = Page(made / "report.html")
-    for name, table in zip(("rl", "sft"), page.tables[2:4], strict=True):
+    for name, table in zip(("rl", "sft"), page.tables[3:5], strict=True):
         results, _ = evals.read_results(made / "05-eval" / name)
         shown = {tuple(cells[:8]) for cells in table if len(cells) == 10}
         assert len(shown) == len(results.rows) + 1
@@ -156,7 +158,7 @@ def test_the_numbers_are_those_of_the_results(made: Path) -> None:
     before, after = (evals.read_results(made / "05-eval" / name)[0].rows for name in ("sft", "rl"))
     old, new = (next(row for row in rows if row.difficulty == "depth 10")
                 for rows in (before, after))
-    cells = page.tables[1][-1]  # sorted as numbers: depth 10 comes last
+    cells = page.tables[2][-1]  # sorted as numbers: depth 10 comes last
     assert cells[:3] == ["reasoning.steps", "depth 10", "6"]
     assert [cell.strip() for cell in cells[4:8]] == [
         f"{100 * old.accuracy:.1f}%", f"{100 * old.low:.1f} to {100 * old.high:.1f}",
@@ -165,7 +167,7 @@ def test_the_numbers_are_those_of_the_results(made: Path) -> None:
 
 
 def test_costs_and_their_total(made: Path) -> None:
-    costs = Page(made / "report.html").tables[4]
+    costs = Page(made / "report.html").tables[5]
     assert costs[2] == ["Pretraining", "8,642", "3.00\u2009×\u200910" "12", "12.5", "691", "1.00",
                         "pretrain-3"]
     assert costs[-1][:4] == ["Total", "90,741", "3.15\u2009×\u200910" "13", "75.0"]
@@ -217,7 +219,7 @@ def test_any_stages_may_be_missing(run: Path, kept: tuple[str, ...]) -> None:
 def test_one_checkpoint_alone(run: Path) -> None:
     shutil.rmtree(run / "05-eval" / "sft")
     page = report(run)
-    assert "before and after" not in page.text and "change" not in page.tables[1][0]
+    assert "before and after" not in page.text and "change" not in page.tables[2][0]
     (run / "05-eval" / "rl" / "results.json").unlink()  # not finished
     assert "No evaluation has finished yet" in report(run).text
 
@@ -230,7 +232,7 @@ def test_odd_values_are_shown_as_absent(run: Path) -> None:
     (run / "02-pretrain" / "metrics.jsonl").write_text('[]\n{"step": 0, "loss": null}\n\n17\n')
     (run / "recipe.yaml").write_text("pretrain: [\x01: {{")
     page = report(run)
-    assert page.tables[4][2] == ["Pretraining", "–", "–", "0.0", "–", "–", ""]
+    assert page.tables[5][2] == ["Pretraining", "–", "–", "0.0", "–", "–", ""]
     assert "Pretraining: loss" not in page.text
 
 
@@ -241,7 +243,7 @@ def test_a_broken_ledger_is_told_of(run: Path) -> None:
                    "WHERE seq = 3")
     assert "Its chain is broken: row 3: it" in report(run).text
     (run / "ledger.sqlite").write_text("no database at all" * 100)
-    assert "not a sound SQLite file" in report(run).text
+    assert "no usable SQLite file" in report(run).text
 
 
 def test_bad_input_is_one_clean_error(run: Path, tmp_path: Path) -> None:

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Generator
+import time
+from collections.abc import AsyncIterator, Generator
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ from live_server import tiny_tokenizer
 from vicugna.errors import VicugnaError
 from vicugna.server import worker
 from vicugna.server.listen import bind, check_exposure
+from vicugna.server.protocol import ApiError
 from vicugna.server.reply import ReasoningSplitter
-from vicugna.server.worker import Busy, Job, Worker
+from vicugna.server.worker import Worker
 
 TOKENIZER = tiny_tokenizer()
 
@@ -52,12 +54,6 @@ def test_a_prompt_may_open_the_reasoning() -> None:
     assert split(["a</th", "ink>b"], opened) == ("a", "b")
 
 
-def counting(n: int) -> Any:
-    def start(cancelled: Any) -> Generator[int, None, None]:
-        yield from range(n)
-    return start
-
-
 def run_worker(work: Any) -> Any:
     async def main() -> Any:
         running = Worker()
@@ -66,6 +62,10 @@ def run_worker(work: Any) -> Any:
         finally:
             running.stop()
     return asyncio.run(main())
+
+
+async def collect(events: AsyncIterator[Any]) -> list[Any]:
+    return [event async for event in events]
 
 
 def test_worker_shares_its_time() -> None:
@@ -79,11 +79,9 @@ def test_worker_shares_its_time() -> None:
                     yield i
             return steps
 
-        jobs = [Job(start("long", 50)), Job(start("short", 3))]
-        for job in jobs:
-            running.submit(job)
-        running.start()
-        assert [[i async for i in job.events()] for job in jobs] == [list(range(50)), [0, 1, 2]]
+        long, short = await asyncio.gather(collect(running.run(start("long", 50))),
+                                           collect(running.run(start("short", 3))))
+        assert long == list(range(50)) and short == [0, 1, 2]
         return order
 
     assert run_worker(work)[:6] == ["long", "short"] * 3
@@ -95,57 +93,70 @@ def test_worker_survives_errors_and_reports_them() -> None:
             yield 1
             raise VicugnaError("no")
 
-        running.start()
-        job = Job(broken)
-        running.submit(job)
         with pytest.raises(VicugnaError, match="no"):
-            [event async for event in job.events()]
-        job = Job(counting(2))
-        running.submit(job)
-        assert [event async for event in job.events()] == [0, 1]
+            await collect(running.run(broken))
+        assert await collect(running.run(lambda cancelled: (i for i in range(2)))) == [0, 1]
 
     run_worker(work)
 
 
-def test_worker_refuses_when_full_and_forgets_the_cancelled(
+def endless(cancelled: Any) -> Generator[int, None, None]:
+    while True:
+        yield 1
+
+
+def test_worker_refuses_when_full_and_forgets_those_who_leave(
         monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "WAITING", 2)
+    monkeypatch.setattr(worker, "WAITING", 1)
 
     async def work(running: Worker) -> None:
-        jobs = [Job(counting(1)) for _ in range(3)]
-        for job in jobs[:2]:
-            running.submit(job)
-        with pytest.raises(Busy):
-            running.submit(jobs[2])
-        jobs[0].cancel()
-        running.submit(jobs[2])
+        tasks = []
+        for _ in range(worker.RUNNING + 1):
+            running.check()
+            tasks.append(asyncio.create_task(collect(running.run(endless))))
+            await asyncio.sleep(0)
+        with pytest.raises(ApiError, match="too much"):
+            running.check()
+        tasks[0].cancel()
+        tasks[-1].cancel()
+        await asyncio.wait((tasks[0], tasks[-1]))
+        await asyncio.sleep(0.01)
+        running.check()
+        running.stop()
+        await asyncio.wait(tasks)
 
     run_worker(work)
 
 
-def test_stopping_ends_what_runs() -> None:
-    closed = threading.Event()
+def test_stopping_ends_what_runs_and_what_waits() -> None:
+    async def work(running: Worker) -> None:
+        tasks = [asyncio.create_task(collect(running.run(endless)))
+                 for _ in range(worker.RUNNING + 3)]
+        await asyncio.sleep(0.05)
+        running.stop()
+        for task in tasks:
+            with pytest.raises(ApiError, match="stopping"):
+                await task
+        with pytest.raises(ApiError, match="stopping"):
+            running.check()
+
+    run_worker(work)
+
+
+def test_leaving_is_seen_by_the_step_under_way() -> None:
+    seen = threading.Event()
 
     async def work(running: Worker) -> None:
-        def endless(cancelled: Any) -> Generator[int, None, None]:
-            try:
-                while True:
-                    yield 1
-            finally:
-                closed.set()
+        def prefill(cancelled: Any) -> Generator[int, None, None]:
+            while not cancelled():
+                time.sleep(0.001)
+            seen.set()
+            yield 1
 
-        running.start()
-        job = Job(endless)
-        running.submit(job)
-        events = job.events()
-        await anext(events)
-        running.stop()
-        with pytest.raises(Busy, match="stopping"):
-            while True:
-                await anext(events)
-        assert closed.is_set()
-        with pytest.raises(Busy):
-            running.submit(Job(counting(1)))
+        task = asyncio.create_task(collect(running.run(prefill)))
+        await asyncio.sleep(0.02)
+        task.cancel()
+        assert await asyncio.to_thread(seen.wait, 30)
 
     run_worker(work)
 

@@ -1,12 +1,9 @@
 """The digest of a model: one SHA-256 over everything that decides what it says.
 
-It is taken over what is *loaded*: a bfloat16 checkpoint loaded as float32 is another model (its
-logits differ) and has another digest than the same checkpoint loaded as it is stored. How the
-tensors lie in files (shards, order) does not enter, nor do notes in config.json that change
-nothing (who wrote it, with which version, which remote code goes with it).
+It is taken over what is *loaded*: a bfloat16 checkpoint loaded as float32 has other logits than as
+it is stored, and another digest. How the tensors lie in files (shards, order) does not enter, nor
+do notes in config.json that change nothing (who wrote it, with which version and remote code).
 """
-
-from __future__ import annotations
 
 import hashlib
 import os
@@ -29,9 +26,8 @@ def digest(state: Mapping[str, Tensor], config: Mapping[str, Any], tokenizer: To
            generation_config: Mapping[str, Any]) -> str:
     """SHA-256 (hex) of a model.
 
-    `state` is a network's state_dict() (a tied lm_head counts once), `config` its
-    config.to_dict(). Tensors are hashed in place (>= 1 GB/s), on as many threads as there are
-    cores, then their hashes are hashed in the order of their names.
+    `state` is a network's state_dict() (a tied lm_head counts once), `config` its config.to_dict().
+    Tensors are hashed in place, a thread a core, then their hashes in the order of their names.
     """
     stored = {name: state[name] for name in sorted(state) if not is_tied(name, config)}
     with ThreadPoolExecutor(os.cpu_count()) as threads:

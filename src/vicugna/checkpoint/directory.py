@@ -1,7 +1,5 @@
 """The Hugging Face directory: a checkpoint as transformers, vLLM and llama.cpp know it."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil
@@ -13,17 +11,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from vicugna import models
 from vicugna.checkpoint import weights
 from vicugna.checkpoint.digest import digest, is_tied
 from vicugna.checkpoint.weights import broken, short
 from vicugna.errors import VicugnaError
-from vicugna.files import canonical, read_json, replacing_folder, storage_error, write_json
+from vicugna.files import canonical, disk_errors, read_json, replacing_folder, write_json
 from vicugna.tokenizer import Tokenizer
 
 HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?")
+CHECKPOINT_FILE = re.compile(r"\.(safetensors|json|jinja)$|^modeling_\w+\.py$")
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt"]
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -47,14 +45,9 @@ class Checkpoint:
     @cached_property
     def digest(self) -> str:
         """SHA-256 (hex) of what was loaded; taken on first use, so before training goes on."""
-        return digest(self.network.state_dict(), network_config(self.network), self.tokenizer,
+        config: Any = self.network.config
+        return digest(self.network.state_dict(), config.to_dict(), self.tokenizer,
                       self.generation_config)
-
-
-def network_config(network: nn.Module) -> dict[str, Any]:
-    """The content of config.json that a network's mathematics needs."""
-    config: Any = network.config
-    return config.to_dict()
 
 
 def read(path: str | Path, dtype: torch.dtype | None = torch.float32,
@@ -65,23 +58,23 @@ def read(path: str | Path, dtype: torch.dtype | None = torch.float32,
     Weights stay a private mapping of their files where neither dtype nor device changes.
     Nothing is unpickled and no code of the checkpoint is run. Raises VicugnaError.
     """
-    try:
-        folder = locate(path)
+    with disk_errors(path):
+        folder = _locate(path)
         config = _read_object(folder, "config.json")
         if "quantization_config" in config:
             raise VicugnaError("its weights are quantised, which is not read", str(folder),
                                "Use the unquantised checkpoint")
         stored = weights.scan(_weight_files(folder))
-        network = _build(config, stored, folder)
+        network = _build(config, len(stored), folder)
         _fill(network, stored, dtype, torch.device(device), folder)
         generation_config = (_read_object(folder, "generation_config.json")
                              if (folder / "generation_config.json").exists() else {})
-        return Checkpoint(config, network, _read_tokenizer(folder), generation_config)
-    except OSError as error:
-        raise storage_error(error, error.filename or path) from error
+        files = [_inside(folder, name) for name in TOKENIZER_FILES if (folder / name).exists()]
+        tokenizer = Tokenizer(folder) if folder / "tokenizer.json" in files else None
+        return Checkpoint(config, network, tokenizer, generation_config)
 
 
-def locate(path: str | Path) -> Path:
+def _locate(path: str | Path) -> Path:
     """The local folder of a checkpoint: `path` itself, or a Hub snapshot of the id it names."""
     folder = Path(os.path.expanduser(path))
     if folder.is_dir():
@@ -152,12 +145,10 @@ def _weight_files(folder: Path) -> list[Path]:
             isinstance(name, str) and name.isprintable() and len(name) < 256
             for name in shards.values()):
         raise broken("weight_map does not give each tensor a file", folder / weights.INDEX)
-    files = []
-    for name in sorted(set(shards.values())):
-        if not name.endswith(".safetensors"):
-            raise _refusal(folder / name)
-        files.append(_inside(folder, name))
-    return files
+    names = sorted(set(shards.values()))
+    if others := [name for name in names if not name.endswith(".safetensors")]:
+        raise _refusal(folder / others[0])
+    return [_inside(folder, name) for name in names]
 
 
 def _refusal(path: Path) -> VicugnaError:
@@ -166,27 +157,17 @@ def _refusal(path: Path) -> VicugnaError:
                         "Use the safetensors form of this checkpoint")
 
 
-class _Bare(TorchFunctionMode):
-    """Leaves out what building a network computes only to drop it: initial weights, and RoPE's
-    frequencies. On the meta device each would cost PyTorch an import of 2 s."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.arange:
-            return torch.empty(0, device="cpu")
-        return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **kwargs)
-
-
-def _build(config: dict[str, Any], stored: Mapping[str, weights.Stored], folder: Path) -> nn.Module:
+def _build(config: dict[str, Any], tensors: int, folder: Path) -> nn.Module:
     """The network, without memory for its weights yet."""
-    where = str(folder / "config.json")
-    layers = config.get("num_hidden_layers")
-    if isinstance(layers, int) and layers > len(stored):  # or building them might take forever
-        raise broken(f"num_hidden_layers is {layers:,}, but the weights are only {len(stored):,} "
+    where, layers = str(folder / "config.json"), config.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > tensors:  # or building them might take forever
+        raise broken(f"num_hidden_layers is {layers:,}, but the weights are only {tensors:,} "
                      "tensors", where)
     try:
-        with torch.device("meta"), _Bare():
-            return models.build(config)
+        module = models.architecture(config.get("model_type"))
+        chosen = module.Config.from_dict(config)
+        with torch.device("meta"):
+            return module.Network(chosen)
     except VicugnaError as error:
         raise VicugnaError(error.what, where, error.fix) from error
     except (ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError) as error:
@@ -194,11 +175,10 @@ def _build(config: dict[str, Any], stored: Mapping[str, weights.Stored], folder:
         raise broken(f"no network can be built from it: {reason}", where) from error
 
 
-def _fill(network: nn.Module, stored: dict[str, weights.Stored], dtype: torch.dtype | None,
+def _fill(network: Any, stored: dict[str, weights.Stored], dtype: torch.dtype | None,
           device: torch.device, folder: Path) -> None:
     """Load the tensors straight into a network that has no memory yet."""
-    config = network_config(network)
-    state = network.state_dict()
+    config, state = network.config.to_dict(), network.state_dict()
     parameters = {name for name, _ in network.named_parameters(remove_duplicate=False)}
     # A tied lm_head may be stored too, and (before transformers 4.31) RoPE's frequencies.
     wanted = {name: tensor for name, tensor in state.items()
@@ -213,15 +193,14 @@ def _fill(network: nn.Module, stored: dict[str, weights.Stored], dtype: torch.dt
     dtypes = {name: (dtype or stored[name].dtype) if name in parameters else state[name].dtype
               for name in wanted}
     tensors = weights.read(stored, dtypes, device)
-    embeddings = tensors.get("model.embed_tokens.weight")
-    for name in [name for name in tensors if is_tied(name, config)]:
-        if embeddings is None or not torch.equal(tensors.pop(name), embeddings):
-            raise VicugnaError(f"{name} differs from the embeddings, but config.json ties them",
-                               str(folder), "Set tie_word_embeddings to false in config.json")
-    network.load_state_dict(tensors, strict=False, assign=True)
-    if config.get("tie_word_embeddings"):
-        whole: Any = network
-        whole.lm_head.weight = whole.model.embed_tokens.weight
+    if config["tie_word_embeddings"]:
+        embeddings = tensors["model.embed_tokens.weight"]
+        if not torch.equal(tensors.setdefault("lm_head.weight", embeddings), embeddings):
+            raise VicugnaError("lm_head.weight differs from the embeddings, but config.json ties "
+                               "them", str(folder), "Set tie_word_embeddings to false in it")
+    network.load_state_dict(tensors, assign=True)
+    if config["tie_word_embeddings"]:
+        network.lm_head.weight = network.model.embed_tokens.weight
     network.eval()
 
 
@@ -239,20 +218,11 @@ def _compare(wanted: Mapping[str, Tensor], stored: Mapping[str, weights.Stored],
         raise broken(f"the tensors do not fit config.json: {'; '.join(faults)}", folder)
 
 
-def _read_tokenizer(folder: Path) -> Tokenizer | None:
-    files = [_inside(folder, name) for name in TOKENIZER_FILES if (folder / name).exists()]
-    if folder / "tokenizer.json" not in files:
-        return None
-    try:
-        return Tokenizer(folder)
-    except (AttributeError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise broken(f"its tokenizer cannot be read: {error}", folder) from error
-
-
-def default_generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
+def default_generation_config(tokenizer: Tokenizer | None) -> dict[str, Any]:
     """generation_config.json of a model that ends its text where its tokenizer says."""
-    ids = tokenizer.bos_id, list(tokenizer.eos_ids), tokenizer.pad_id
-    return dict(zip(TOKEN_IDS, ids, strict=True))
+    return {} if tokenizer is None else {"bos_token_id": tokenizer.bos_id,
+                                         "eos_token_id": list(tokenizer.eos_ids),
+                                         "pad_token_id": tokenizer.pad_id}
 
 
 def write(folder: str | Path, network: nn.Module, tokenizer: Tokenizer | None,
@@ -263,10 +233,16 @@ def write(folder: str | Path, network: nn.Module, tokenizer: Tokenizer | None,
     Raises VicugnaError, also for a folder which holds anything that is not of a checkpoint.
     """
     folder = Path(os.path.expanduser(folder)).resolve()
-    _check_replaceable(folder)
+    with disk_errors(folder):
+        others = [path.name for path in (folder.iterdir() if folder.exists() else ())
+                  if not path.is_file() or not CHECKPOINT_FILE.search(path.name)]
+    if others:
+        raise VicugnaError(f"the folder holds {min(others)}, which is not part of a checkpoint and "
+                           "would be lost", str(folder), "Choose another folder")
     if generation_config is None:
-        generation_config = default_generation_config(tokenizer) if tokenizer else {}
-    config = network_config(network)
+        generation_config = default_generation_config(tokenizer)
+    written: Any = network.config
+    config = written.to_dict()
     tensors = {name: tensor for name, tensor in network.state_dict().items()
                if not is_tied(name, config)}
     dtype = str(next(network.parameters()).dtype).removeprefix("torch.")
@@ -287,17 +263,3 @@ def write(folder: str | Path, network: nn.Module, tokenizer: Tokenizer | None,
             tokenizer.save(temporary)
         if code.exists():
             shutil.copyfile(code, temporary / code.name)
-
-
-def _check_replaceable(folder: Path) -> None:
-    """Raise VicugnaError if replacing `folder` would delete anything but a checkpoint's files."""
-    try:
-        others = [path.name for path in folder.iterdir() if not path.is_file() or not re.search(
-            r"\.(safetensors|json|jinja)$|^modeling_\w+\.py$", path.name)]
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise storage_error(error, folder) from error
-    if others:
-        raise VicugnaError(f"the folder holds {min(others)}, which is not part of a checkpoint and "
-                           "would be lost", str(folder), "Choose another folder")

@@ -5,8 +5,6 @@ There is no cache here: `generate` recomputes the sequence for every token, what
 says (`vicugna serve` and `vicugna.load` do not). `attention_mask` hides padding on either side.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

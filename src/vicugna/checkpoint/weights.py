@@ -1,15 +1,11 @@
 """Safetensors files: headers are checked before a byte is mapped, tensors are mapped, not read.
 
-Format: 8 bytes (little-endian length of the header), the header as JSON
-`{name: {"dtype", "shape", "data_offsets": [begin, end]}}`, then the tensors' bytes without gaps
-(https://github.com/huggingface/safetensors#format).
+Format: 8 bytes (little-endian length of the header), the header as JSON, the tensors' bytes without
+gaps (https://github.com/huggingface/safetensors#format).
 """
-
-from __future__ import annotations
 
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -48,15 +44,13 @@ def broken(what: str, where: str | Path) -> VicugnaError:
 
 def scan(files: Iterable[Path]) -> dict[str, Stored]:
     """Every tensor of `files` by name, from their headers alone.
-
-    Raises VicugnaError for a malformed file and for a name that stands in two; OSError.
-    """
+    VicugnaError for a malformed file and for a name that stands in two; OSError."""
     found: dict[str, Stored] = {}
     for file in files:
-        for name, tensor in _read_header(file).items():
-            if name in found:
-                raise broken(f"tensor {short(name)} stands in {found[name].file.name} too", file)
-            found[name] = tensor
+        tensors = _read_header(file)
+        for name in sorted(tensors.keys() & found.keys()):
+            raise broken(f"tensor {short(name)} stands in {found[name].file.name} too", file)
+        found |= tensors
     return found
 
 
@@ -74,11 +68,9 @@ def _read_header(path: Path) -> dict[str, Stored]:
     if not isinstance(header, dict):
         raise broken("its header is not a JSON object", path)
     header.pop("__metadata__", None)
-    found, spans, reached = {}, [], 0
-    for name, entry in header.items():
-        found[name], offsets = _check_entry(entry, f"{path} tensor {short(name)}", path)
-        spans.append((*offsets, name))
-    for begin, end, name in sorted(spans):
+    found = [_check_entry(name, entry, path) for name, entry in header.items()]
+    reached = 0
+    for begin, end, name, _ in sorted(found):
         if begin != reached:
             what = "overlaps the one before it" if begin < reached else "leaves a gap before it"
             raise broken(f"tensor {short(name)} {what}", path)
@@ -86,37 +78,34 @@ def _read_header(path: Path) -> dict[str, Stored]:
     if (held := size - 8 - length) != reached:
         raise broken(("truncated: " if held < reached else "") + f"the header promises {reached:,} "
                      f"bytes of tensors, the file holds {held:,}", path)
-    return found
+    return {name: tensor for _, _, name, tensor in found}
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+    (name, times), = Counter(name for name, _ in pairs).most_common(1) or [("", 0)]
+    if times > 1:
         raise ValueError(f"{short(name)} stands in it twice")
-    return result
+    return dict(pairs)
 
 
-def _sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
-
-
-def _check_entry(entry: Any, where: str, path: Path) -> tuple[Stored, list[int]]:
-    """The tensor an entry of the header describes, and the offsets of its begin and end."""
+def _check_entry(name: str, entry: Any, path: Path) -> tuple[int, int, str, Stored]:
+    """Begin, end and name of the tensor that an entry of the header describes, and itself."""
+    where = f"{path} tensor {short(name)}"
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise broken("needs exactly dtype, shape and data_offsets", where)
     dtype = DTYPES.get(str(entry["dtype"]))
     if dtype is None:
         raise VicugnaError(f"stored as {short(str(entry['dtype']))}, which is not read", where,
                            f"Convert the weights to one of {', '.join(DTYPES)}")
-    shape, offsets = entry["shape"], entry["data_offsets"]
-    if not _sizes(shape) or len(shape) > 8 or not _sizes(offsets) or len(offsets) != 2:
+    shape, span = entry["shape"], entry["data_offsets"]
+    if not (isinstance(shape, list) and len(shape) <= 8 and isinstance(span, list)
+            and len(span) == 2 and all(type(n) is int and 0 <= n < 2**63 for n in shape + span)):
         raise broken("its shape or offsets are not lists of sizes", where)
-    nbytes = math.prod(shape) * dtype.itemsize
-    if offsets[1] - offsets[0] != nbytes:
+    nbytes, given = math.prod(shape) * dtype.itemsize, span[1] - span[0]
+    if given != nbytes:
         raise broken(f"shape {shape} of {entry['dtype']} takes {nbytes:,} bytes, but the header "
-                     f"gives it {offsets[1] - offsets[0]:,}", where)
-    return Stored(path, dtype, tuple(shape)), offsets
+                     f"gives it {given:,}", where)
+    return span[0], span[1], name, Stored(path, dtype, tuple(shape))
 
 
 def short(name: str) -> str:
@@ -137,19 +126,17 @@ def read(stored: Mapping[str, Stored], dtypes: Mapping[str, torch.dtype], device
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
                 for name in names:
-                    result[name] = file.get_tensor(name).to(device=device, dtype=dtypes[name])
-                    _check_finite(result[name], f"{path} tensor {short(name)}")
+                    tensor = file.get_tensor(name).to(device=device, dtype=dtypes[name])
+                    # The smallest and the largest value are NaN if any is: one quick pass.
+                    if tensor.numel() and not all(map(math.isfinite, tensor.aminmax())):
+                        bad = int((~torch.isfinite(tensor)).sum())
+                        raise VicugnaError(f"{bad:,} of {tensor.numel():,} values are NaN or "
+                                           "infinite", f"{path} tensor {short(name)}",
+                                           "Use a checkpoint from before the training diverged")
+                    result[name] = tensor
         except SafetensorError as error:
             raise broken(f"cannot be read: {error}", path) from error
     return result
-
-
-def _check_finite(tensor: Tensor, where: str) -> None:
-    # The smallest and the largest value are NaN if any is: one pass at the memory's speed.
-    if tensor.numel() and not all(math.isfinite(value) for value in tensor.aminmax()):
-        bad = int((~torch.isfinite(tensor)).sum())
-        raise VicugnaError(f"{bad:,} of {tensor.numel():,} values are NaN or infinite", where,
-                           "Use a checkpoint from before the training diverged")
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
@@ -162,25 +149,24 @@ def write(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write float `tensors` as model.safetensors, or as shards of at most SHARD_BYTES and an index.
 
     The bytes depend on names, dtypes, shapes and values alone. The caller makes the whole of
-    `folder` atomic. Raises VicugnaError or OSError.
+    `folder` atomic and durable. Raises VicugnaError or OSError.
     """
     shards: list[dict[str, Tensor]] = [{}]
     filled = 0
-    for name in sorted(tensors):
-        filled += tensors[name].nbytes
+    for name, tensor in sorted(tensors.items()):
+        filled += tensor.nbytes
         if shards[-1] and filled > SHARD_BYTES:
             shards.append({})
-            filled = tensors[name].nbytes
-        shards[-1][name] = tensors[name]
-    if len(shards) == 1:
-        return _write_file(folder / SINGLE, tensors)
+            filled = tensor.nbytes
+        shards[-1][name] = tensor
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors" if shards[1:] else SINGLE
         _write_file(folder / file, shard)
         weight_map |= dict.fromkeys(shard, file)
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    if shards[1:]:
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -200,4 +186,3 @@ def _write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         for _, tensor in order:
             file.write(raw_bytes(tensor))
-        os.fsync(file.fileno())

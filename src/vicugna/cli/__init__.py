@@ -1,37 +1,37 @@
 """The `vicugna` command: one file a verb, and how every verb ends."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys
 from typing import Annotated, NoReturn
 
-import typer
+try:
+    import typer
 
-from vicugna.cli.bench import bench
-from vicugna.cli.chat import chat
-from vicugna.cli.eval import evaluate
-from vicugna.cli.info import info
-from vicugna.cli.ledger import ledger
-from vicugna.cli.release import release
-from vicugna.cli.run import run, train
-from vicugna.cli.serve import serve
-from vicugna.cli.verify import verify
+    from vicugna.cli.bench import bench
+    from vicugna.cli.chat import chat
+    from vicugna.cli.eval import evaluate
+    from vicugna.cli.info import info
+    from vicugna.cli.ledger import ledger
+    from vicugna.cli.release import release
+    from vicugna.cli.run import run, train
+    from vicugna.cli.serve import serve
+    from vicugna.cli.verify import verify
+except KeyboardInterrupt:  # no handler is set yet
+    print("vicugna: interrupted", file=sys.stderr)
+    raise SystemExit(130) from None
 from vicugna.errors import VicugnaError
 from vicugna.files import storage_error
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-                  help="Raise an open Llama-class language model through its whole life, "
-                       "and prove what it can do.")
+                  help="Raise an open language model from data to release, and prove what it can.")
 for verb in (run, train, chat, serve, release, verify, ledger, bench, info):
     app.command()(verb)
 app.command("eval")(evaluate)
 
 
 @app.callback()
-def _options(debug: Annotated[bool, typer.Option(help="Show a traceback on errors.")] = False
-             ) -> None:
+def _options(debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False) -> None:
     if debug:
         os.environ["VICUGNA_DEBUG"] = "1"
 

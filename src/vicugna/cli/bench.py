@@ -1,7 +1,5 @@
 """`vicugna bench`: the side-by-side benchmarks of the repository."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path
@@ -9,14 +7,14 @@ from typing import Annotated
 
 import typer
 
+from vicugna.cli import output
 from vicugna.errors import VicugnaError
 
 
 def bench(
     name: Annotated[str, typer.Argument(help="A benchmark, such as train_throughput.")],
     folder: Annotated[Path, typer.Option(help="Where the benchmarks are.")] = Path("benchmarks"),
-    as_json: Annotated[bool, typer.Option(
-        "--json", help="Print only the closing JSON line.")] = False,
+    as_json: output.Json = False,
 ) -> None:
     """Run one of the repository's BENCHMARKS; each ends with one JSON line."""
     path = folder / f"{name}.py"

@@ -1,46 +1,38 @@
 """`vicugna eval`: scores with error bars, every item accounted for."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from vicugna.cli import output
 from vicugna.errors import VicugnaError
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A Hugging Face style folder, or a Hub id.")],
-    items: Annotated[Path | None, typer.Option(
-        help="Your own questions, JSONL: messages or prompt, answers, optional context_file, "
-             "task.")] = None,
-    recipe: Annotated[Path | None, typer.Option(
-        help="The recipe whose eval groups to ask.")] = None,
-    out: Annotated[Path | None, typer.Option(
-        help="Folder for the results; evals/DIGEST in the workspace by default.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(
-        min=1, help="For --items: longest answer.")] = 128,
+    model: output.ModelArgument,
+    items: Annotated[Path | None, typer.Option(help="Your own questions, JSONL: messages or "
+                                               "prompt, answers, context_file, task.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="The recipe whose eval to ask.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Results; WORKSPACE/evals/DIGEST.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="For --items: per answer.")] = 128,
     batch: Annotated[int, typer.Option(min=1, help="For --items: questions asked at once.")] = 32,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto (as stored).")] = "float32",
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, ...")] = "cpu",
     workspace: Annotated[Path, typer.Option(envvar="VICUGNA_WORKSPACE",
                                             help="Where the ledger is.")] = Path("runs"),
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: output.Json = False,
 ) -> None:
     """Score MODEL on a recipe's tasks (--recipe) or on your own items (--items)."""
     if (items is None) == (recipe is None):
         raise VicugnaError("give either --items or --recipe", "vicugna eval",
                            "For example --recipe recipes/speedrun.yaml")
     import vicugna
-    from vicugna import evals
-    from vicugna.files import digest_file
+    from vicugna import evals, files
     from vicugna.release import Ledger
     from vicugna.run import evaluate as run_evaluation
     from vicugna.training.recipe import read
-
-    from . import output
 
     loaded = vicugna.load(model, dtype, device)
     if loaded.tokenizer is None:
@@ -49,17 +41,15 @@ def evaluate(
     if items is not None:
         plan, task = evals.plan_items(items, loaded.tokenizer, max_new_tokens)
         own_tasks = {task.name: task}
-    else:
-        assert recipe is not None
+    elif recipe is not None:
         spec = read(recipe).eval
         if spec is None:
             raise VicugnaError("the recipe has no eval section", str(recipe), "Add one")
         plan, batch = evals.build_plan(spec.groups, loaded.tokenizer), spec.batch
-    source = items or recipe
-    assert source is not None
     folder = out or workspace / "evals" / f"{loaded.digest[:12]}-{evals.plan_digest(plan)[:12]}"
     results = run_evaluation(loaded, plan, batch, folder, Ledger(workspace / "ledger.sqlite"),
-                             digest_file(source), os.path.abspath(folder), own_tasks)
+                             files.digest_file(items or recipe or ""), os.path.abspath(folder),
+                             own_tasks)
     if as_json:
         output.as_json({"folder": str(folder), **results.to_dict()})
     else:

@@ -1,20 +1,11 @@
 """`vicugna info`: what a checkpoint is."""
 
-from __future__ import annotations
-
-from typing import Annotated
-
-import typer
+from vicugna.cli import output
 
 
-def info(
-    model: Annotated[str, typer.Argument(help="A Hugging Face style folder, or a Hub id.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-) -> None:
+def info(model: output.ModelArgument, as_json: output.Json = False) -> None:
     """Architecture, parameters, dtype, context, tokenizer and digest of MODEL."""
     import vicugna
-
-    from . import output
 
     loaded = vicugna.load(model, "auto")
     config, tok = loaded.config, loaded.tokenizer
@@ -24,8 +15,7 @@ def info(
         "parameters": sum(p.numel() for p in loaded.network.parameters()),
         "dtype": ", ".join(dtypes), "layers": config.num_hidden_layers,
         "width": config.hidden_size, "vocabulary": config.vocab_size,
-        "context": config.max_position_embeddings,
-        "tokenizer": tok.digest if tok else None,
+        "context": config.max_position_embeddings, "tokenizer": tok.digest if tok else None,
         "chat_template": bool(tok and tok.template), "digest": loaded.digest}
     if as_json:
         output.as_json(facts)

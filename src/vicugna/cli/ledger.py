@@ -1,25 +1,22 @@
 """`vicugna ledger`: every attempt ever made in a workspace."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from vicugna.cli import output
 from vicugna.errors import VicugnaError
 
 
 def ledger(
     workspace: Annotated[Path, typer.Argument(envvar="VICUGNA_WORKSPACE",
                                               help="Where the ledger is.")] = Path("runs"),
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: output.Json = False,
 ) -> None:
     """List all attempts, with lineage, cost and outcome; exit 1 if the chain is broken."""
     from vicugna.release import Ledger
-
-    from . import output
 
     path = workspace / "ledger.sqlite"
     if not path.exists():

@@ -1,16 +1,19 @@
 """What verbs print: one JSON object on standard output, or tables for people."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
-from vicugna.evals import Row
+if TYPE_CHECKING:  # it imports PyTorch, which takes seconds: not for --help
+    from vicugna.evals import Row
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+ModelArgument = Annotated[str, typer.Argument(help="A Hugging Face style folder, or a Hub id.")]
 
 
 def say(line: str) -> None:
@@ -33,7 +36,7 @@ def table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]], right:
     Console(width=None if sys.stdout.isatty() else 110).print(made)
 
 
-def scores(title: str, rows: Iterable[Row]) -> None:
+def scores(title: str, rows: Iterable["Row"]) -> None:
     """An evaluation's table."""
     table(title, ("group", "task", "difficulty", "n", "accuracy", "95% interval", "err", "cut"),
           ((row.group, row.task, row.difficulty, str(row.n), f"{row.accuracy:.1%}",

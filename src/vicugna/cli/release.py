@@ -1,26 +1,23 @@
 """`vicugna release`: a release whose every number is bound to its bytes."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from vicugna.cli import output
 from vicugna.errors import VicugnaError
 
 
 def release(
     run: Annotated[Path, typer.Argument(help="A run's folder, such as runs/speedrun.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: output.Json = False,
 ) -> None:
     """Make the release of a finished RUN; refused (exit 1) when its evidence does not hold."""
     from vicugna.files import read_json
     from vicugna.run import live
     from vicugna.training.parallel import Ranks
     from vicugna.training.recipe import ReleaseSpec, read
-
-    from . import output
 
     if not (run / "recipe.yaml").exists():
         raise VicugnaError("not a run's folder: it has no recipe.yaml", str(run),

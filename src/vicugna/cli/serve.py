@@ -1,7 +1,5 @@
 """`vicugna serve`: an OpenAI-compatible server with a chat page."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path
@@ -14,16 +12,12 @@ def serve(
     model: Annotated[str, typer.Argument(help="A Hugging Face style folder, or a Hub id.")],
     host: Annotated[str, typer.Option(help="Address to bind.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to bind; 0 picks a free one.")] = 8000,
-    name: Annotated[str | None, typer.Option(
-        help="The model's id for clients; the folder's name by default.")] = None,
+    name: Annotated[str | None, typer.Option(help="The model's id; its folder's name.")] = None,
     api_key: Annotated[str | None, typer.Option(
-        envvar="VICUGNA_API_KEY", show_envvar=True,
-        help="Key that clients must send; needed when other machines can reach the address.")
-    ] = None,
+        envvar="VICUGNA_API_KEY", help="Key for clients; needed beyond this machine.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto (as stored).")] = "float32",
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, ...")] = "cpu",
-    as_json: Annotated[bool, typer.Option(
-        "--json", help="Print one JSON object to standard output when ready.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object when ready.")] = False,
 ) -> None:
     """Serve MODEL over HTTP: OpenAI's API under /v1, and a chat page at /."""
     from vicugna.model import load  # PyTorch takes seconds to import: not for --help
@@ -36,8 +30,7 @@ def serve(
 
         def ready(url: str) -> None:
             if as_json:
-                facts = {"url": url, "model": shown, "digest": loaded.digest}
-                print(json.dumps(facts), flush=True)
+                print(json.dumps({"url": url, "model": shown, "digest": loaded.digest}), flush=True)
             print(f"Serving {shown}: chat at {url}, OpenAI API at {url}/v1. Ctrl-C stops.",
                   file=sys.stderr, flush=True)
 

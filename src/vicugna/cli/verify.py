@@ -1,27 +1,23 @@
 """`vicugna verify`: check a release made by somebody else."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from vicugna.cli import output
 from vicugna.errors import VicugnaError
 
 
 def verify(
     release: Annotated[Path, typer.Argument(help="A release's folder.")],
-    sample: Annotated[int, typer.Option(
-        min=0, help="At least so many items are asked again of the model.")] = 64,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    sample: Annotated[int, typer.Option(min=0, help="Items to ask again, at least.")] = 64,
+    as_json: output.Json = False,
 ) -> None:
     """Recompute every digest of RELEASE and re-score a sample; exit 1 if anything differs."""
     from vicugna import progress
     from vicugna.release import verify as check
-
-    from . import output
 
     if not release.is_dir():
         raise VicugnaError("no such folder", str(release), "Give a release's folder")

@@ -1,9 +1,6 @@
 """Rows of procedural items: questions with worked solutions, made on the spot, never repeated."""
 
-from __future__ import annotations
-
 import hashlib
-from dataclasses import replace
 from functools import cached_property
 from random import Random
 
@@ -16,15 +13,13 @@ from vicugna.errors import VicugnaError
 from vicugna.tokenizer import Tokenizer
 
 _TRIES = 32
-_INDICES = 1 << 40  # of a split
 
 
 def _draw(rng: Random, amount: Amount) -> float:
     if not isinstance(amount, list):
         return amount
-    low, high = amount
-    whole = isinstance(low, int) and isinstance(high, int)
-    return rng.randint(int(low), int(high)) if whole else rng.uniform(low, high)
+    whole = all(isinstance(bound, int) for bound in amount)
+    return rng.randint(*map(int, amount)) if whole else rng.uniform(*amount)
 
 
 def draw_item(spec: SourceSpec, split: str, seed: int, k: int, j: int,
@@ -34,19 +29,18 @@ def draw_item(spec: SourceSpec, split: str, seed: int, k: int, j: int,
     rng = Random(name)
     drawn = {key: _draw(rng, amount) for key, amount in spec.difficulty.items()}
     tokens = drawn.pop("length_tokens", None)
-    difficulty = tasks.Difficulty(**drawn)  # type: ignore[arg-type]
     if tokens is not None:
-        difficulty = replace(difficulty, length=int(3 * tokens) if length is None else length)
-    index = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % _INDICES
-    return tasks.get(spec.source.removeprefix(TASK)).item(tasks.split_seed(split, index),
-                                                          difficulty)
+        drawn["length"] = int(3 * tokens) if length is None else length
+    index = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % (1 << 40)
+    task = tasks.get(spec.source.removeprefix(TASK))
+    return task.item(tasks.split_seed(split, index), tasks.Difficulty(**drawn))  # type: ignore[arg-type]
 
 
 def as_text(item: tasks.Item) -> str:
     """An item as a plain document: question, worked steps, answer."""
     asked = [message["content"] for message in item.messages]
-    worked = [item.solution["reasoning"]] if item.solution.get("reasoning") else []
-    return "\n".join([*asked, *worked, item.solution["content"]])
+    worked = (item.solution.get("reasoning"), item.solution["content"])
+    return "\n".join([*asked, *filter(None, worked)])
 
 
 class TaskRows:
@@ -54,8 +48,8 @@ class TaskRows:
 
     def __init__(self, spec: SourceSpec, tokenizer: Tokenizer, seq_len: int, seed: int,
                  split: str) -> None:
-        self._spec, self._tokenizer, self._length, self._seed = spec, tokenizer, seq_len + 1, seed
-        self._split = split
+        self._spec, self._split, self._tokenizer = spec, split, tokenizer
+        self._seed, self._length = seed, seq_len + 1
         self.digest = files.digest_of([spec.model_dump(exclude={"weight"}), tokenizer.digest])
         least = spec.difficulty.get("length_tokens", 0)
         self._least = least[0] if isinstance(least, list) else least
@@ -81,14 +75,11 @@ class TaskRows:
 
     def _fitted(self, k: int, j: int, room: int) -> tuple[np.ndarray, np.ndarray] | None:
         """Item (k, j) as tokens and loss mask, or None when it takes more than `room`."""
-        wanted = self._spec.difficulty.get("length_tokens")
-        if wanted is None:
-            part = self._made(k, j)
-            return part if len(part[0]) <= room else None
         if room < self._least:
             return None
+        wanted = self._spec.difficulty.get("length_tokens", 0)
         target = min(_draw(Random(f"{self._seed}/{k}/{j}"), wanted), room)
-        slope, fixed = self._characters
+        slope, fixed = self._characters if wanted else (0.0, 0.0)
         length = max(0, int((target - fixed) * slope))
         for _ in range(4):
             part = self._made(k, j, length)
@@ -110,9 +101,9 @@ class TaskRows:
     def _made(self, k: int, j: int, length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         item = draw_item(self._spec, self._split, self._seed, k, j, length)
         if self._spec.form == "text":
-            ids = self._tokenizer.encode(as_text(item))
-            ids = [self._tokenizer.bos_id, *ids, self._tokenizer.eos_ids[0]]
-            return np.asarray(ids, np.int32), np.ones(len(ids), np.bool_)
-        chat = [*item.messages, item.solution]
-        ids, mask = self._tokenizer.chat_training(chat)
+            ids = [self._tokenizer.bos_id, *self._tokenizer.encode(as_text(item)),
+                   self._tokenizer.eos_ids[0]]
+            mask = [True] * len(ids)
+        else:
+            ids, mask = self._tokenizer.chat_training([*item.messages, item.solution])
         return np.asarray(ids, np.int32), np.asarray(mask, np.bool_)

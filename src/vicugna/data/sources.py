@@ -1,14 +1,16 @@
 """Where text comes from: files, the standard library, the Hugging Face Hub; and how to name it."""
 
-from __future__ import annotations
-
 import glob
+import io
 import json
 import os
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
+from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from vicugna import files, tasks
 from vicugna.errors import VicugnaError
-from vicugna.tokenizer import check_messages
+from vicugna.tokenizer import check_messages, valid_unicode
 
 STDLIB, TASK, HUB = "stdlib", "task:", "hf:"
 PIECE = 1 << 17  # characters of a long text that are held at once
@@ -46,7 +48,7 @@ class SourceSpec(BaseModel):
 
 @dataclass(frozen=True)
 class Text:
-    """A plain document, or a piece of a long one; `last` says that the document ends here."""
+    """A plain document, or a piece of a long one, the last one or not."""
 
     text: str
     last: bool = True
@@ -63,7 +65,7 @@ class Chat:
 
 def parse_specs(specs: Sequence[str | dict[str, Any] | SourceSpec],
                 where: str = "data.sources") -> list[SourceSpec]:
-    """Check a recipe's list of sources; VicugnaError names the entry and the nearest right key."""
+    """Check a recipe's list of sources; VicugnaError names the entry and the key."""
     if not isinstance(specs, list | tuple) or not specs:
         raise VicugnaError("not a list of sources, or an empty one", where, 'Try ["stdlib"]')
     return [_parse_spec(spec, f"{where}[{index}]") for index, spec in enumerate(specs)]
@@ -74,16 +76,12 @@ def _parse_spec(spec: str | dict[str, Any] | SourceSpec, where: str) -> SourceSp
         parsed = spec if isinstance(spec, SourceSpec) else SourceSpec.model_validate(spec)
     except ValidationError as error:
         first = error.errors()[0]
-        key = str(first["loc"][0]) if first["loc"] else ""
-        near = get_close_matches(key, SourceSpec.model_fields, n=1)
-        fix = f'Did you mean "{near[0]}"?' if first["type"] == "extra_forbidden" and near else ""
-        raise VicugnaError(first["msg"].lower() if not fix else f'unknown key "{key}"',
-                           f"{where}.{key}" if key else where, fix) from error
+        place = ".".join(map(str, [where, *first["loc"]]))
+        raise VicugnaError(first["msg"].lower(), place, "Correct it") from error
     known = {field.name for field in fields(tasks.Difficulty)} | {"length_tokens"}
-    for key in parsed.difficulty:
-        if key not in known:
-            raise VicugnaError(f'unknown key "{key}"', f"{where}.difficulty",
-                               f"Use {', '.join(sorted(known))}")
+    for key in parsed.difficulty.keys() - known:
+        raise VicugnaError(f'unknown key "{key}"', f"{where}.difficulty",
+                           f"Use {', '.join(sorted(known))}")
     if parsed.source.startswith(TASK):
         tasks.get(parsed.source.removeprefix(TASK))
     elif parsed.difficulty or parsed.form != "chat":
@@ -92,14 +90,22 @@ def _parse_spec(spec: str | dict[str, Any] | SourceSpec, where: str) -> SourceSp
 
 
 def documents(spec: SourceSpec) -> Iterator[Text | Chat]:
-    """The documents of any source but task:, streamed; at most `limit_bytes` of text.
-
-    Raises VicugnaError naming file and line for anything that cannot be read.
-    """
-    if spec.source.startswith(HUB):
-        return _limited(_hub_documents(spec), spec.limit_bytes)
-    every = (_read_file(path, spec.column) for path in paths(spec))
-    return _limited((document for one in every for document in one), spec.limit_bytes)
+    """The documents of any source but task:, streamed; at most `limit_bytes` of text. Raises
+    VicugnaError naming file and line for anything that cannot be read."""
+    every = (_hub_documents(spec) if spec.source.startswith(HUB) else
+             chain.from_iterable(_read_file(path, spec.column) for path in paths(spec)))
+    left = float("inf") if spec.limit_bytes is None else spec.limit_bytes
+    begun = False  # a document whose beginning was already given has to be ended
+    for document in every:
+        size = (len(document.text.encode()) if isinstance(document, Text)
+                else len(json.dumps(document.messages)))
+        if size > left:
+            if isinstance(document, Text) and (left > 0 or begun):
+                yield Text(document.text.encode()[:int(left)].decode(errors="ignore"))
+            return
+        left -= size
+        begun = isinstance(document, Text) and not document.last
+        yield document
 
 
 def content_digest(spec: SourceSpec) -> str:
@@ -122,56 +128,32 @@ def paths(spec: SourceSpec) -> list[Path]:
     if path.is_dir():
         raise VicugnaError("this is a folder", spec.source, f'Write "{spec.source}/**/*.txt"')
     if not path.exists():
-        raise _unknown(spec.source)
+        names = [STDLIB, *(TASK + name for name in tasks.TASKS), *map(str, path.parent.glob("*"))]
+        near = get_close_matches(spec.source, names, n=1)
+        fix = f'Did you mean "{near[0]}"?' if near else "Give a file, stdlib, task:NAME or hf:NAME"
+        raise VicugnaError("no such file or source", spec.source, fix)
     if path.stat().st_size == 0:
         raise VicugnaError("the file is empty", spec.source, "Put some text in it")
     return [path]
 
 
-def _unknown(source: str) -> VicugnaError:
-    folder = Path(source).expanduser().parent
-    nearby = [str(folder / p.name) for p in folder.iterdir()] if folder.is_dir() else []
-    names = [STDLIB, *(TASK + name for name in tasks.TASKS), *nearby]
-    near = get_close_matches(source, names, n=1, cutoff=0.6)
-    fix = f'Did you mean "{near[0]}"?' if near else "Give a file, stdlib, task:NAME or hf:NAME"
-    return VicugnaError("no such file or source", source, fix)
-
-
+@cache
 def stdlib_files() -> list[Path]:
     """This Python's own library, source with docstrings, in sorted order; no tests."""
     root = Path(sysconfig.get_path("stdlib"))
-    found = [p for p in root.rglob("*.py") if _NOT_STDLIB.isdisjoint(p.relative_to(root).parts)]
-    return sorted(p for p in found if _is_text(p))
-
-
-def _is_text(path: Path) -> bool:
-    try:
-        return "\0" not in path.read_text(encoding="utf-8") and path.stat().st_size > 0
-    except (OSError, UnicodeDecodeError):
-        return False
-
-
-def _limited(every: Iterable[Text | Chat], limit: int | None) -> Iterator[Text | Chat]:
-    left = float("inf") if limit is None else limit
-    begun = False  # a document whose beginning was already given has to be ended
-    for document in every:
-        size = (len(document.text.encode()) if isinstance(document, Text)
-                else len(json.dumps(document.messages)))
-        if size > left:
-            if isinstance(document, Text) and (left > 0 or begun):
-                yield Text(document.text.encode()[:int(left)].decode(errors="ignore"))
-            return
-        left -= size
-        begun = isinstance(document, Text) and not document.last
-        yield document
+    found = []
+    for path in sorted(root.rglob("*.py")):
+        if _NOT_STDLIB.isdisjoint(path.relative_to(root).parts):
+            with suppress(OSError, UnicodeDecodeError):
+                text = path.read_text(encoding="utf-8")
+                found += [path] if text and "\0" not in text else []
+    return found
 
 
 def _read_file(path: Path, column: str | None) -> Iterator[Text | Chat]:
     if path.suffix == ".parquet":
         return _parquet_documents(path, column)
-    if path.suffix in (".jsonl", ".ndjson"):
-        return _jsonl_documents(path)
-    return _text_pieces(path)
+    return _jsonl_documents(path) if path.suffix in (".jsonl", ".ndjson") else _text_pieces(path)
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -179,39 +161,31 @@ def _lines(path: Path) -> Iterator[str]:
     try:
         with open(path, "rb") as file:
             head = file.read(8192)
-            if b"\0" in head:  # before a "line" of a huge binary file is read
-                raise _binary(path, head[:head.index(b"\0")].count(b"\n") + 1)
             file.seek(0)
-            for number, raw in enumerate(file, 1):
-                try:
-                    line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError as error:
-                    raise VicugnaError(f"not UTF-8 text (byte {error.start + 1} of the line)",
-                                       f"{path} line {number}", "Save it as UTF-8") from error
-                if "\0" in line:
-                    raise _binary(path, number)
-                yield line
+            # Of a binary file, whose first "line" may be huge, only the head is looked at.
+            for number, raw in enumerate(io.BytesIO(head) if b"\0" in head else file, 1):
+                if b"\0" in raw:
+                    raise VicugnaError("this is a binary file (it holds NUL bytes)",
+                                       f"{path} line {number}", "Give UTF-8 text or .parquet")
+                if b"\0" not in head:
+                    yield raw.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise VicugnaError(f"not UTF-8 text (byte {error.start + 1} of the line)",
+                           f"{path} line {number}", "Save it as UTF-8") from error
     except OSError as error:
         raise files.storage_error(error, path) from error
 
 
-def _binary(path: Path, number: int) -> VicugnaError:
-    return VicugnaError("this is a binary file (it holds NUL bytes)", f"{path} line {number}",
-                        "Give UTF-8 text, .jsonl or .parquet")
-
-
 def _text_pieces(path: Path) -> Iterator[Text]:
     """One document, cut where a line starts with no space: there tokens never straddle."""
-    held: list[str] = []
-    size = 0
+    held = ""
     for line in _lines(path):
-        if size >= PIECE and not line[0].isspace():
-            yield Text("".join(held), last=False)
-            held, size = [], 0
-        held.append(line)
-        size += len(line)
+        if len(held) >= PIECE and not line[0].isspace():
+            yield Text(held, last=False)
+            held = ""
+        held += line
     if held:
-        yield Text("".join(held))
+        yield Text(held)
 
 
 def _jsonl_documents(path: Path) -> Iterator[Text | Chat]:
@@ -222,8 +196,8 @@ def _jsonl_documents(path: Path) -> Iterator[Text | Chat]:
         try:
             value = json.loads(line)
         except (RecursionError, ValueError) as error:
-            reason = getattr(error, "msg", str(error))
-            raise VicugnaError(f"not valid JSON: {reason}", where, "Correct the line") from error
+            raise VicugnaError(f"not valid JSON: {getattr(error, 'msg', error)}", where,
+                               "Correct the line") from error
         if not isinstance(value, dict):
             raise VicugnaError("not a JSON object", where, 'Write {"text": "..."}')
         yield _document(value, None, where)
@@ -236,12 +210,7 @@ def _document(value: dict[str, Any], column: str | None, where: str) -> Text | C
         raise VicugnaError(f'no "{column}"' if column else 'neither "text" nor "messages"', where,
                            'Write {"text": "..."} or {"messages": [...]}')
     if isinstance(content, str) and key != "messages":
-        try:
-            content.encode()
-        except UnicodeEncodeError as error:
-            raise VicugnaError("half of a surrogate pair in the text", where,
-                               "Give valid Unicode") from error
-        return Text(content)
+        return Text(valid_unicode(content, where))
     if not isinstance(content, list) or key == "text":
         raise VicugnaError(f"text must be a string and messages a list, but {key} is "
                            f"{type(content).__name__}", where, "Correct it")
@@ -255,18 +224,15 @@ def _document(value: dict[str, Any], column: str | None, where: str) -> Text | C
 
 
 def _parquet_documents(path: Path, column: str | None) -> Iterator[Text | Chat]:
-    import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            wanted = _column(names, column, str(path))
-            number = 0
-            for batch in file.iter_batches(batch_size=256, columns=[wanted]):
-                for value in batch.column(0).to_pylist():
-                    number += 1
-                    yield _document({wanted: value}, wanted, f"{path} row {number}")
+            wanted = _column(file.schema_arrow.names, column, str(path))
+            batches = file.iter_batches(batch_size=256, columns=[wanted])
+            values = chain.from_iterable(batch.column(0).to_pylist() for batch in batches)
+            for number, value in enumerate(values, 1):
+                yield _document({wanted: value}, wanted, f"{path} row {number}")
     except (pyarrow.ArrowException, OSError) as error:
         raise VicugnaError(f"not a readable Parquet file: {str(error).splitlines()[0]}",
                            str(path), "Write or download it again") from error
@@ -298,13 +264,3 @@ def _hub_documents(spec: SourceSpec) -> Iterator[Text | Chat]:
     column = _column(dataset.column_names, spec.column, spec.source)
     for number, value in enumerate(dataset, 1):
         yield _document(value, column, f"{spec.source} row {number}")
-
-
-def plain_texts(spec: SourceSpec) -> Iterator[str]:
-    """What `documents` gives as mere text, without the form of chats."""
-    for document in documents(spec):
-        if isinstance(document, Text):
-            yield document.text
-        else:
-            for message in document.messages:
-                yield from (message[k] for k in ("reasoning", "content") if message.get(k))

@@ -4,13 +4,11 @@ Rows of a batch are left-padded, so that their newest tokens share a column. Lay
 everything keep every column; sliding-window layers forget what no later token can see.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vicugna.models.layers.attention import Span
+from vicugna.models.layers.attention import Span, additive
 
 # Spare columns when a buffer grows. A step reads all columns anyway, so copying them once every
 # 256 steps costs under one percent, without the memory that doubling would waste.
@@ -30,21 +28,19 @@ class _Store:
         self.kept = like_BTGK.new_empty(2, B, G, 0, K)
 
     def append(self, k_BTGK: Tensor, v_BTGK: Tensor) -> tuple[Tensor, Tensor]:
-        """Take T new columns; return all that the new queries may see, as views [B, G, S, K] of
-        which the last T columns are the new ones."""
+        """Take T new columns; return all that the new queries may see, as views [B, G, S, K]."""
         T = k_BTGK.shape[1]
         retained = self.filled if self.window is None else min(self.filled, self.window - 1)
         if self.filled + T > self.kept.shape[3]:
-            two, B, G, _, K = self.kept.shape
-            grown = self.kept.new_empty(two, B, G, retained + T + _SPARE, K)
-            grown[:, :, :, :retained] = self.kept[:, :, :, self.filled - retained : self.filled]
-            self.kept, self.filled = grown, retained
+            kept = self.kept[:, :, :, self.filled - retained : self.filled]
+            spare = kept.new_empty(*kept.shape[:3], T + _SPARE, kept.shape[4])
+            self.kept, self.filled = torch.cat([kept, spare], dim=3), retained
         new = slice(self.filled, self.filled + T)
         self.kept[0, :, :, new] = k_BTGK.transpose(1, 2)
         self.kept[1, :, :, new] = v_BTGK.transpose(1, 2)
         self.filled, self.columns = self.filled + T, self.columns + T
-        seen = self.kept[:, :, :, new.start - retained : new.stop]
-        return seen[0], seen[1]
+        k_BGSK, v_BGSK = self.kept[:, :, :, new.start - retained : new.stop]
+        return k_BGSK, v_BGSK
 
 
 class Cache:
@@ -66,9 +62,9 @@ class Cache:
 
     def before(self, layer: int, x_BTD: Tensor, n: int) -> Tensor:
         """The n rows of `x` that `layer` saw just before these: [B, n, D], zeros at the start."""
-        past_BnD = self._rows.get(layer)
-        if past_BnD is None:
-            past_BnD = x_BTD.new_zeros(x_BTD.shape[0], n, x_BTD.shape[2])
+        if layer not in self._rows:
+            self._rows[layer] = x_BTD.new_zeros(x_BTD.shape[0], n, x_BTD.shape[2])
+        past_BnD = self._rows[layer]
         if n > 0:
             recent = x_BTD if x_BTD.shape[1] >= n else torch.cat([past_BnD, x_BTD], dim=1)
             self._rows[layer] = recent[:, -n:].clone()  # a view would hold the whole call
@@ -91,22 +87,16 @@ class Cache:
             self._stores[layer] = _Store(span.window, k_BTGK)
         store = self._stores[layer]
         k_BGSK, v_BGSK = store.append(k_BTGK, v_BTGK)
-        if q_BTHK.shape[1] == 1:
-            return self._one(q_BTHK, k_BGSK, v_BGSK, store.columns)
-        return self._many(q_BTHK, k_BGSK, v_BGSK, store)
-
-    def _one(self, q_B1HK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, end: int) -> Tensor:
-        """One query a row: it sees all S keys but the padding.
-
-        The queries that share a key head are laid out as if they were positions, so that each key
-        is read once: twice as fast on a CPU as `enable_gqa`.
-        """
-        B, _, H, K = q_B1HK.shape
-        G, S = k_BGSK.shape[1:3]
-        mask = self._padding(end - S, end, q_B1HK.dtype) if self._most_pads > end - S else None
-        out_BGRK = F.scaled_dot_product_attention(q_B1HK.reshape(B, G, H // G, K), k_BGSK, v_BGSK,
-                                                  attn_mask=mask)
-        return out_BGRK.reshape(B, 1, H, K)
+        B, T, H, K = q_BTHK.shape
+        if T > 1:
+            return self._many(q_BTHK, k_BGSK, v_BGSK, store)
+        # One query a row sees all keys but the padding. Those that share a key head are laid out
+        # as if they were positions, so that each key is read once: twice as fast on a CPU as
+        # `enable_gqa`.
+        (G, S), end = k_BGSK.shape[1:3], store.columns
+        mask = self._padding(end - S, end, q_BTHK) if self._most_pads > end - S else None
+        return F.scaled_dot_product_attention(q_BTHK.reshape(B, G, H // G, K), k_BGSK, v_BGSK,
+                                              attn_mask=mask).reshape(B, 1, H, K)
 
     def _many(self, q_BTHK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, store: _Store) -> Tensor:
         """T queries a row, a block at a time: each block meets only keys it can see."""
@@ -128,10 +118,8 @@ class Cache:
         return torch.cat(outs, dim=2).transpose(1, 2)
 
     def _corner(self, window: int | None, t: int, s: int, like: Tensor) -> Tensor:
-        """Additive mask [t, s] of the last t queries against the last s keys.
-
-        Seen from the newest pair the mask is always the same, so each is a corner of one matrix.
-        """
+        """Additive mask [t, s] of the last t queries against the last s keys: seen from the newest
+        pair it is always the same, so each is a corner of one matrix."""
         whole = self._corners.get(window)
         if whole is None or whole.shape[0] < t or whole.shape[1] < s:
             query = torch.arange(t, 0, -1, device=like.device)[:, None]  # counted from the end
@@ -139,27 +127,19 @@ class Cache:
             visible = key >= query
             if window is not None:
                 visible &= key < query + window
-            whole = self._corners[window] = _additive(visible, like.dtype)
+            whole = self._corners[window] = additive(visible, like.dtype)
         return whole[-t:, -s:]
 
     def _without_pads(self, mask_ts: Tensor, first: int) -> Tensor:
         """[B, 1, t, s] from [t, s]: padding unseen, except by itself, lest a softmax be empty."""
-        t, s = mask_ts.shape
-        key_s = torch.arange(first, first + s, device=mask_ts.device)
+        key_s = torch.arange(first, first + mask_ts.shape[1], device=mask_ts.device)
         real_B11s = (key_s >= self._pads_B[:, None])[:, None, None]
-        itself_ts = key_s == key_s[-t:, None]
+        itself_ts = key_s == key_s[-mask_ts.shape[0]:, None]
         return torch.where(real_B11s | itself_ts, mask_ts, float("-inf"))
 
-    def _padding(self, first: int, end: int, dtype: torch.dtype) -> Tensor:
+    def _padding(self, first: int, end: int, like: Tensor) -> Tensor:
         """Additive mask [B, 1, 1, S] of the columns from `first`, shared by layers of a step."""
         if self._pad_mask is None or self._pad_mask[:2] != (first, end):
-            key_S = torch.arange(first, end, device=self._pads_B.device)
-            visible_BS = key_S >= self._pads_B[:, None]
-            visible_BS[:, -1] = True  # a query sees itself, though it be padding
-            self._pad_mask = (first, end, _additive(visible_BS, dtype)[:, None, None])
+            mask_1S = like.new_zeros(1, end - first)
+            self._pad_mask = first, end, self._without_pads(mask_1S, first)
         return self._pad_mask[2]
-
-
-def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(
-        ~visible, float("-inf"))

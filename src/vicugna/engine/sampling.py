@@ -1,9 +1,7 @@
 """How the next token is chosen from the network's logits, for a whole batch at once."""
 
-from __future__ import annotations
-
 import math
-from collections.abc import Sequence
+from collections import defaultdict
 from dataclasses import dataclass
 from numbers import Integral
 
@@ -14,7 +12,6 @@ from torch import Tensor
 
 from vicugna.errors import VicugnaError
 
-_DRAWS = 64  # uniform numbers made at a time, a row
 _PREFIX = 128  # most likely tokens looked at before a whole vocabulary is sorted
 TopLogprobs = list[tuple[int, float]]
 
@@ -42,60 +39,45 @@ class Sampling:
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         object.__setattr__(self, "stop", stop)
-        for name, good, rule in (
-            ("max_new_tokens", _whole(self.max_new_tokens, 1), "a whole number, at least 1"),
-            ("temperature", 0 <= self.temperature < math.inf, "0 or a positive number"),
-            ("top_k", _whole(self.top_k, 0), "a whole number, at least 0 (off)"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
-            ("stop", all(isinstance(s, str) and s for s in stop), "strings that are not empty"),
-            ("seed", _whole(self.seed, 0), "a whole number, at least 0"),
-            ("top_logprobs", _whole(self.top_logprobs, 0), "a whole number, at least 0"),
-        ):
+        rules = [(name, isinstance(value := getattr(self, name), Integral) and int(value) >= least,
+                  f"a whole number, at least {least}") for name, least in (
+                      ("max_new_tokens", 1), ("top_k", 0), ("seed", 0), ("top_logprobs", 0))]
+        rules += [("temperature", 0 <= self.temperature < math.inf, "0 or a positive number"),
+                  ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+                  ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
+                  ("stop", all(isinstance(s, str) and s for s in stop), "strings, none empty")]
+        for name, good, rule in rules:
             if not good:
                 raise VicugnaError(f"{name} is {getattr(self, name)!r}", "sampling",
                                    f"It must be {rule}")
 
 
-def _whole(value: object, least: int) -> bool:
-    return isinstance(value, Integral) and int(value) >= least
-
-
 class Sampler:
-    """Chooses tokens for the rows of a batch; row b follows `samplings[b]`.
+    """Chooses tokens for the rows of a batch; row b follows `samplings[b]`, and draws one uniform
+    number a step from a stream of its seed and `copies[b]` alone, whatever its batch-mates are."""
 
-    Row b draws one uniform number a step from a Philox stream made of its seed and `copies[b]`
-    only, so its tokens do not depend on its batch-mates.
-    """
-
-    def __init__(self, samplings: Sequence[Sampling], copies: Sequence[int],
-                 device: torch.device) -> None:
-        self._device = device
-        self._step = 0
-        self._samplings = list(samplings)
+    def __init__(self, samplings: list[Sampling], copies: list[int], device: torch.device) -> None:
+        self._device, self._samplings = device, samplings
         self._streams = [
             np.random.Generator(np.random.Philox(np.random.SeedSequence(s.seed, spawn_key=(c,))))
-            if s.temperature > 0 else None for s, c in zip(samplings, copies, strict=True)]
-        self._uniform_BN = torch.zeros(len(samplings), _DRAWS, dtype=torch.float64)
+            for s, c in zip(samplings, copies, strict=True)]
         self._arrange()
 
     def keep(self, rows: list[int]) -> None:
         """Go on with these rows of the batch only."""
         self._samplings = [self._samplings[row] for row in rows]
         self._streams = [self._streams[row] for row in rows]
-        self._uniform_BN = self._uniform_BN[rows]
         self._arrange()
 
     def _arrange(self) -> None:
         """Group the rows by the work they need."""
-        kinds = ["greedy" if s.temperature == 0 else
-                 "filtered" if s.top_k > 0 or s.top_p < 1 or s.min_p > 0 else "plain"
-                 for s in self._samplings]
-        self._groups: dict[str, Tensor | slice] = {}
-        for kind in set(kinds):
-            rows = [b for b, other in enumerate(kinds) if other == kind]
-            self._groups[kind] = (slice(None) if len(rows) == len(kinds) else
-                                  torch.tensor(rows, device=self._device))
+        groups = defaultdict(list)
+        for b, s in enumerate(self._samplings):
+            if s.temperature > 0:  # others are greedy
+                groups[s.top_k > 0 or s.top_p < 1 or s.min_p > 0].append(b)
+        self._groups = [(filtered, torch.tensor(rows, device=self._device)
+                         if len(rows) < len(self._samplings) else slice(None))  # no copy
+                        for filtered, rows in groups.items()]
         # A temperature below float32's range would divide 0 by 0.
         self._settings_B4 = torch.tensor(
             [(max(s.temperature, 1e-30), min(s.top_k, 2**31), s.top_p, s.min_p)
@@ -110,50 +92,31 @@ class Sampler:
         if not bool(best.values.isfinite().all()):
             raise VicugnaError("the network's output is not finite", "generation",
                                "Its weights are damaged, or training diverged")
-        uniform_B1 = self._draw()
+        uniform_B1 = torch.tensor([[stream.random()] for stream in self._streams],
+                                  dtype=torch.float64, device=self._device)
         tokens_B1 = best.indices.clone()
-        for kind, rows in self._groups.items():
-            if kind == "greedy":
-                continue
+        for filtered, rows in self._groups:
             temperature_R1, k_R1, p_R1, min_R1 = self._settings_B4[rows].split(1, dim=1)
             # Subtracting the largest keeps small temperatures from overflowing.
             score_RV = (logits_BV[rows] - best.values[rows]).div_(temperature_R1.float())
             probs_RV = torch.softmax(score_RV, dim=-1)
-            if kind == "plain":
-                tokens_B1[rows] = invert(probs_RV, uniform_B1[rows])
-            else:
+            if filtered:
                 kept_RN, order_RN = truncate(probs_RV, k_R1, p_R1, min_R1)
                 tokens_B1[rows] = order_RN.gather(1, invert(kept_RN, uniform_B1[rows]))
+            else:
+                tokens_B1[rows] = invert(probs_RV, uniform_B1[rows])
         logprobs_BV = torch.log_softmax(logits_BV, dim=-1)
-        return (tokens_B1[:, 0].tolist(), logprobs_BV.gather(1, tokens_B1)[:, 0].tolist(),
-                self._alternatives(logprobs_BV))
-
-    def _draw(self) -> Tensor:
-        """This step's uniform number of every row, float64 [B, 1]."""
-        column = self._step % _DRAWS
-        self._step += 1
-        if column == 0 and any(self._streams):
-            drawn = np.stack([stream.random(_DRAWS) if stream else np.zeros(_DRAWS)
-                              for stream in self._streams])
-            self._uniform_BN = torch.from_numpy(drawn).to(self._device)
-        return self._uniform_BN[:, column : column + 1]
-
-    def _alternatives(self, logprobs_BV: Tensor) -> list[TopLogprobs]:
-        if not self._top:
-            return [[] for _ in self._samplings]
-        values, tokens = logprobs_BV.topk(min(self._top, logprobs_BV.shape[1]), dim=-1)
-        return [list(zip(t[: s.top_logprobs], v[: s.top_logprobs], strict=True))
-                for t, v, s in zip(tokens.tolist(), values.tolist(), self._samplings, strict=True)]
+        values, top = logprobs_BV.topk(min(self._top, logprobs_BV.shape[1]), dim=-1)
+        tops = [list(zip(t[: s.top_logprobs], v[: s.top_logprobs], strict=True))
+                for t, v, s in zip(top.tolist(), values.tolist(), self._samplings, strict=True)]
+        return tokens_B1[:, 0].tolist(), logprobs_BV.gather(1, tokens_B1)[:, 0].tolist(), tops
 
 
 def invert(weights_RN: Tensor, uniform_R1: Tensor) -> Tensor:
-    """The index at which the cumulative share of `weights_RN` passes `uniform_R1`, int64 [R, 1].
-
-    Never an index of weight 0. Sums are float64.
-    """
+    """The index at which the cumulative share of `weights_RN` passes `uniform_R1`, int64 [R, 1];
+    never an index of weight 0. Sums are float64."""
     cumulative_RN = weights_RN.cumsum(dim=-1, dtype=torch.float64)
-    threshold_R1 = uniform_R1 * cumulative_RN[:, -1:]
-    return torch.searchsorted(cumulative_RN, threshold_R1, right=True)
+    return torch.searchsorted(cumulative_RN, uniform_R1 * cumulative_RN[:, -1:], right=True)
 
 
 def truncate(probs_RV: Tensor, k_R1: Tensor, p_R1: Tensor, min_R1: Tensor

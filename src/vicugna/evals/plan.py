@@ -1,10 +1,9 @@
 """What will be asked, frozen before the first token: the denominator of every score."""
 
-from __future__ import annotations
-
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from itertools import pairwise, product
+from itertools import product
 from typing import Any
 
 from vicugna import tasks
@@ -13,37 +12,23 @@ from vicugna.files import digest_of
 from vicugna.tasks import Difficulty, Item, Task
 from vicugna.tokenizer import Tokenizer
 
-FITTING_TRIES = 40
-
 
 @dataclass(frozen=True)
 class Spec:
-    """`n` items of one task at one difficulty, asked of the model under the name `group`.
-
-    `length_tokens` sets the difficulty's length so that the rendered prompt has that many tokens
-    or at most 5% (16 where that is more) fewer.
-    """
+    """`n` items of one task at one difficulty. `length_tokens` sets the difficulty's length so that
+    the rendered prompt has that many tokens or at most 5% (16 where that is more) fewer."""
 
     group: str
     task: str
     n: int
     split: str = "test"
-    difficulty: dict[str, Any] = field(default_factory=dict)
+    difficulty: Difficulty = field(default_factory=Difficulty)
     length_tokens: int = 0
     max_new_tokens: int = 64
 
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> Spec:
-        """Read one entry of a recipe's eval section; VicugnaError for keys and values not known."""
-        try:
-            spec = cls(**content)
-            Difficulty(**spec.difficulty)
-            if min(spec.n, spec.max_new_tokens, spec.length_tokens + 1) < 1:
-                raise ValueError("n, max_new_tokens and length_tokens must be positive")
-        except (TypeError, ValueError) as error:
-            raise VicugnaError(str(error), f"eval group {content.get('group', '(unnamed)')!r}",
-                               "Correct this group") from error
-        return spec
+    def __post_init__(self) -> None:
+        if min(self.n, self.max_new_tokens, self.length_tokens + 1) < 1:
+            raise ValueError("n, max_new_tokens and length_tokens must be positive")
 
 
 @dataclass(frozen=True)
@@ -68,17 +53,15 @@ class PlannedItem:
 
     @property
     def row(self) -> tuple[str, str, str]:
-        """Where the results table counts it: group, task, and difficulty in words (what differs
-        from the default)."""
+        """Where the results table counts it: group, task, and what is special of its difficulty."""
         words = [f"{self.length_tokens} tokens"] if self.length_tokens else []
-        for f in fields(Difficulty):
-            value = getattr(self.difficulty, f.name)
-            if value != f.default and not (f.name == "length" and self.length_tokens):
-                words.append(f"{f.name} {value}")
+        usual = {**asdict(Difficulty()), **({"length": self.difficulty.length} if words else {})}
+        words += [f"{key} {value}" for key, value in asdict(self.difficulty).items()
+                  if value != usual[key]]
         return self.group, self.task, ", ".join(words) or "default"
 
     @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> PlannedItem:
+    def from_dict(cls, content: Mapping[str, Any]) -> "PlannedItem":
         """Read back from asdict() or from an item's record, whose other keys are left aside."""
         own = {f.name: content[f.name] for f in fields(cls)}
         return cls(**{**own, "difficulty": Difficulty(**own["difficulty"])})
@@ -90,29 +73,29 @@ def plan_digest(plan: Iterable[PlannedItem]) -> str:
 
 
 def grid(content: Mapping[str, Any]) -> list[Spec]:
-    """The specs of one entry of a recipe's eval section: lists in `length_tokens` and in
-    `difficulty` mean each of their values, with each of the others."""
-    def each(value: Any) -> list[Any]:
-        return value if isinstance(value, list) else [value]
+    """The specs of one eval group of a recipe: lists in `length_tokens` and `difficulty` mean each
+    value with each of the others. Raises VicugnaError for keys and values not known."""
+    try:
+        axes = {"length_tokens": 0, "difficulty": {}, **content}
+        if not isinstance(axes["difficulty"], Mapping):
+            raise ValueError("difficulty is not a mapping")
+        each = [value if isinstance(value, list) else [value]
+                for value in (axes["length_tokens"], *axes["difficulty"].values())]
+        return [Spec(**{**axes, "length_tokens": length, "difficulty": Difficulty(
+            **dict(zip(axes["difficulty"], values, strict=True)))})
+            for length, *values in product(*each)]
+    except (TypeError, ValueError) as error:
+        raise VicugnaError(str(error), f"eval group {content.get('group', '(unnamed)')!r}",
+                           "Correct this group") from error
 
-    difficulty = content.get("difficulty", {})
-    if not isinstance(difficulty, Mapping):
-        return [Spec.from_dict(content)]
-    return [Spec.from_dict({**content, "length_tokens": length,
-                            "difficulty": dict(zip(difficulty, values, strict=True))})
-            for length in each(content.get("length_tokens", 0))
-            for values in product(*map(each, difficulty.values()))]
 
-
-def build_plan(specs: Iterable[Spec | Mapping[str, Any]], tokenizer: Tokenizer
-               ) -> list[PlannedItem]:
-    """Draw the items of every spec: the first `n` seeds of its split, never a chosen few."""
+def build_plan(groups: Iterable[Mapping[str, Any]], tokenizer: Tokenizer) -> list[PlannedItem]:
+    """Draw the items of every group: the first `n` seeds of its split, never a chosen few."""
     plan = []
-    for spec in [s for given in specs
-                 for s in ([given] if isinstance(given, Spec) else grid(given))]:
+    for spec in [spec for group in groups for spec in grid(group)]:
         task, guess = tasks.get(spec.task), spec.length_tokens * 3
         for index in range(spec.n):
-            seed, difficulty = tasks.split_seed(spec.split, index), Difficulty(**spec.difficulty)
+            seed, difficulty = tasks.split_seed(spec.split, index), spec.difficulty
             if spec.length_tokens:
                 difficulty = _fitted(task, seed, replace(difficulty, length=guess), spec, tokenizer)
                 guess = difficulty.length
@@ -130,17 +113,14 @@ def planned(group: str, item: Item, max_new_tokens: int, tokenizer: Tokenizer,
 
 
 def in_order(plan: Iterable[PlannedItem]) -> list[PlannedItem]:
-    """The plan by length, so that a batch holds prompts of like length.
-
-    Raises VicugnaError for an empty plan and for a question that one row would count twice.
-    """
+    """The plan by length of prompt; VicugnaError if it is empty or a row counts an item twice."""
     plan = sorted(plan, key=lambda item: (item.prompt_tokens, item.max_new_tokens, item.id))
     if not plan:
         raise VicugnaError("nothing to evaluate", "the evaluation plan", "Add an eval group")
-    for one, other in pairwise(sorted((item.row, item.seed) for item in plan)):
-        if one == other:
-            raise VicugnaError(f"seed {one[1]} of {one[0][1]} is asked twice",
-                               f"eval group {one[0][0]!r}", "Give each difficulty once")
+    for (row, seed), times in Counter((item.row, item.seed) for item in plan).items():
+        if times > 1:
+            raise VicugnaError(f"seed {seed} of {row[1]} is asked twice", f"eval group {row[0]!r}",
+                               "Give each difficulty once")
     return plan
 
 
@@ -149,14 +129,13 @@ def slices(plan: Sequence[PlannedItem], batch_size: int, batch_tokens: int
     """The plan in consecutive batches of at most `batch_size` items and, unless one item alone has
     more, `batch_tokens` tokens of prompts and replies, padding included."""
     batches: list[list[PlannedItem]] = []
-    longest = 0
     for item in plan:
-        longest = max(longest, item.prompt_tokens + item.max_new_tokens)
-        size = len(batches[-1]) if batches else 0
-        if not size or size == batch_size or longest * (size + 1) > batch_tokens:
-            batches.append([])
-            longest = item.prompt_tokens + item.max_new_tokens
-        batches[-1].append(item)
+        grown = [*batches.pop(), item] if batches else [item]
+        longest = max(one.prompt_tokens + one.max_new_tokens for one in grown)
+        if len(grown) > 1 and (len(grown) > batch_size or longest * len(grown) > batch_tokens):
+            batches += [grown[:-1], [item]]
+        else:
+            batches.append(grown)
     return batches
 
 
@@ -164,13 +143,13 @@ def _fitted(task: Task, seed: int, difficulty: Difficulty, spec: Spec,
             tokenizer: Tokenizer) -> Difficulty:
     """The difficulty with a length, in characters, that fills `spec.length_tokens` tokens."""
     target, low, high, nearest = spec.length_tokens, 0, 0, 0
-    for _ in range(FITTING_TRIES):
+    for _ in range(40):
         count = len(tokenizer.chat(task.item(seed, difficulty).messages))
         if target - max(0.05 * target, 16) <= count <= target:
             return difficulty
         length = difficulty.length
         low, high = (low, length) if count > target else (length, high)
-        nearest = count if abs(count - target) < abs(nearest - target) else nearest
+        nearest = min(nearest, count, key=lambda size: abs(size - target))
         guess = round(length * 0.975 * target / count)
         if guess <= low or (high and guess >= high):
             guess = (low + high) // 2 if high else 2 * low + 1

@@ -1,27 +1,25 @@
-"""The table of an evaluation, computed from its items' records and from nothing else."""
-
-from __future__ import annotations
+"""The table of an evaluation, error bars included, computed from its items' records alone."""
 
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vicugna.errors import VicugnaError
 from vicugna.evals.plan import PlannedItem, plan_digest
-from vicugna.evals.statistics import interval
-from vicugna.files import canonical, digest_of, read_json, storage_error
+from vicugna.files import canonical, digest_of, disk_errors, read_json
 
 OUTCOMES = ("right", "wrong", "error", "truncated")
+IDENTITY = ("model_digest", "plan_digest", "precision", "sampling", "batch_size", "batch_tokens")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One group, task and difficulty. `accuracy` is right/n, so errors count as wrong, and
-    `if_errors_right` what it would be had they all been right; `low` to `high` is the accuracy's
-    95% interval, got by `method`."""
+    """One group, task and difficulty. `accuracy` is right/n, `if_errors_right` (right + error)/n;
+    `low` to `high` is the accuracy's 95% interval, got by `method`."""
 
     group: str
     task: str
@@ -55,7 +53,7 @@ class Results:
 
     @classmethod
     def of(cls, identity: Mapping[str, Any], records: Sequence[Mapping[str, Any]],
-           platform: str) -> Results:
+           platform: str) -> "Results":
         """Count `records`. Raises VicugnaError if they are not, one for one, the planned items."""
         plan = [PlannedItem.from_dict(record) for record in records]
         if plan_digest(plan) != identity["plan_digest"]:
@@ -64,12 +62,9 @@ class Results:
         groups: dict[tuple[str, str, str], list[tuple[str, str]]] = {}
         for item, record in zip(plan, records, strict=True):
             groups.setdefault(item.row, []).append((record["outcome"], item.cluster or item.id))
-        return cls(
-            **{key: identity[key] for key in ("model_digest", "plan_digest", "precision",
-                                              "sampling", "batch_size", "batch_tokens")},
-            items_digest=digest_of(list(records)),
-            tokens=sum(r["prompt_tokens"] + r["tokens"] for r in records),
-            rows=[_row(key, groups[key]) for key in sorted(groups)], platform=platform)
+        return cls(**{key: identity[key] for key in IDENTITY}, items_digest=digest_of(records),
+                   tokens=sum(r["prompt_tokens"] + r["tokens"] for r in records),
+                   rows=[_row(key, groups[key]) for key in sorted(groups)], platform=platform)
 
     @property
     def digest(self) -> str:
@@ -81,30 +76,26 @@ class Results:
 
 
 def _row(key: tuple[str, str, str], ended: Sequence[tuple[str, str]]) -> Row:
-    n, count = len(ended), Counter(outcome for outcome, _ in ended)
-    low, high, method = interval([outcome == "right" for outcome, _ in ended],
-                                 [cluster for _, cluster in ended])
+    outcomes, clusters = zip(*ended, strict=True)
+    n, (right, wrong, error, truncated) = len(ended), map(outcomes.count, OUTCOMES)
+    low, high, method = interval([outcome == "right" for outcome in outcomes], clusters)
     # Six digits, so that another version of scipy gives the same digest.
-    return Row(*key, n, count["right"], count["wrong"], count["error"], count["truncated"],
-               round(count["right"] / n, 6), round((count["right"] + count["error"]) / n, 6),
-               round(low, 6), round(high, 6), method)
+    return Row(*key, n, right, wrong, error, truncated, round(right / n, 6),
+               round((right + error) / n, 6), round(low, 6), round(high, 6), method)
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
     """The records of an items.jsonl; VicugnaError names the line that is not one."""
-    try:
+    with disk_errors(path):
         lines = Path(path).read_bytes().splitlines()
-    except OSError as error:
-        raise storage_error(error, path) from error
     records = []
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
             item = PlannedItem.from_dict(record)
-            if record["id"] != item.id or canonical(record) != line:
-                raise ValueError("its id is not the item's, or its form was changed")
-            if record["outcome"] not in OUTCOMES or type(record["tokens"]) is not int:
-                raise ValueError("its outcome or its number of tokens is none")
+            if (record["id"] != item.id or record["outcome"] not in OUTCOMES
+                    or type(record["tokens"]) is not int or canonical(record) != line):
+                raise ValueError("its id, outcome, number of tokens or form was changed")
         except (ValueError, KeyError, TypeError, VicugnaError, RecursionError) as error:
             raise VicugnaError(f"not an item's record: {error}", f"{path} line {number}",
                                "Run the evaluation again in a new folder") from error
@@ -113,21 +104,42 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
 
 
 def read_results(folder: str | Path) -> tuple[Results, list[dict[str, Any]]]:
-    """A finished evaluation and its records, the table computed anew from them.
-
-    Raises VicugnaError when the evaluation is not complete, or its table is not what follows.
-    """
-    folder = Path(folder)
-    if not (folder / "results.json").exists():
+    """A finished evaluation and its records; VicugnaError if its table is not what follows."""
+    path = Path(folder) / "results.json"
+    if not path.exists():
         raise VicugnaError("the evaluation is not complete", str(folder), "Run it to its end")
-    content, records = read_json(folder / "results.json"), read_records(folder / "items.jsonl")
+    content, records = read_json(path), read_records(Path(folder) / "items.jsonl")
     try:
         results = Results.of(content, records, str(content["platform"]))
-    except (KeyError, TypeError) as error:
-        raise VicugnaError(f"not an evaluation's results: {error}", str(folder / "results.json"),
+        for key, value in results.to_dict().items():
+            if content[key] != value:
+                raise ValueError(f"{key} does not follow from items.jsonl")
+    except (KeyError, TypeError, ValueError) as error:
+        raise VicugnaError(f"not an evaluation's results: {error}", str(path),
                            "Run the evaluation again") from error
-    for key, value in results.to_dict().items():
-        if content.get(key) != value:
-            raise VicugnaError(f"{key} is not what follows from items.jsonl",
-                               str(folder / "results.json"), "Run the evaluation again")
     return results, records
+
+
+def interval(right: Sequence[bool], clusters: Sequence[str]) -> tuple[float, float, str]:
+    """95% interval for the mean of `right`: (low, high, method), both in 0..1.
+
+    `clusters[i]` names what item i shares with others (a haystack, say). Where nobody shares, this
+    is Wilson's interval; otherwise Wilson's at the effective number of items, n over the design
+    effect, with the clustered variance of Miller (arXiv 2411.00640) and Student's quantile for the
+    number of clusters. Where all are right or all wrong each cluster counts as one item.
+    """
+    from scipy import stats  # both take a second, which no other command should wait
+    from statsmodels.stats.proportion import proportion_confint
+
+    hits = np.asarray(right, dtype=float)
+    n, p = len(hits), float(np.mean(hits))
+    names, member = np.unique(np.asarray(clusters), return_inverse=True)
+    count, effective, alpha = len(names), float(len(names)), 0.05
+    if count == 1 < n:  # one cluster says nothing about how clusters differ
+        return 0.0, 1.0, "clustered"
+    if count < n and 0 < p < 1:
+        variance = np.square(np.bincount(member, weights=hits - p)).sum() / n ** 2
+        effective = min(float(n), p * (1 - p) / variance) if variance > 0 else float(n)
+        alpha = 2 * stats.norm.sf(stats.t.isf(alpha / 2, count - 1))
+    low, high = proportion_confint(p * effective, effective, alpha, method="wilson")
+    return float(low), float(high), "wilson" if count == n else "clustered"

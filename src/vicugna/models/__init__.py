@@ -1,7 +1,5 @@
 """The networks, one file per architecture, each named after its Hugging Face `model_type`."""
 
-from __future__ import annotations
-
 import difflib
 import math
 from collections.abc import Mapping
@@ -19,14 +17,12 @@ ARCHITECTURES: dict[str, ModuleType] = {"llama": llama, "vicugna": vicugna}
 
 def architecture(model_type: str | None) -> ModuleType:
     """The module that defines `model_type`; VicugnaError naming the nearest known one."""
-    if model_type is None:
-        raise VicugnaError("missing model_type", "config.json",
-                           f"Known: {', '.join(ARCHITECTURES)}")
-    if model_type not in ARCHITECTURES:
-        near = difflib.get_close_matches(str(model_type), ARCHITECTURES, 1)
-        hint = f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(ARCHITECTURES)}"
-        raise VicugnaError(f"unknown model_type {model_type!r}", "config.json", hint)
-    return ARCHITECTURES[model_type]
+    if isinstance(model_type, str) and model_type in ARCHITECTURES:
+        return ARCHITECTURES[model_type]
+    what = "missing model_type" if model_type is None else f"unknown model_type {model_type!r}"
+    near = difflib.get_close_matches(str(model_type), ARCHITECTURES, 1)
+    raise VicugnaError(what, "config.json", f"Did you mean {near[0]!r}?" if near else
+                       f"Known: {', '.join(ARCHITECTURES)}")
 
 
 def build(config: Mapping[str, Any]) -> nn.Module:

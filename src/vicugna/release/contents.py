@@ -1,6 +1,4 @@
-"""A release folder, opened: what its card is written from and what its verification looks at."""
-
-from __future__ import annotations
+"""A release folder, opened; and what its model card and its manifest must say, given the rest."""
 
 import json
 from dataclasses import dataclass, field
@@ -8,14 +6,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
 
 from vicugna import checkpoint
 from vicugna.checkpoint import Checkpoint
+from vicugna.errors import VicugnaError
 from vicugna.evals import Results, read_results
-from vicugna.files import digest_file, read_json
-from vicugna.release.ledger import Attempt, attempts_in
+from vicugna.files import digest_file, digest_of, read_json
+from vicugna.release.ledger import Attempt, attempts_in, lineage
 
+MANIFEST = "manifest.json"
+WEAK = 0.5  # rows below this accuracy are listed as weaknesses
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -49,8 +51,8 @@ class Contents:
 
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
-        text = (self.evidence / "ledger.jsonl").read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.splitlines()]
+        return [json.loads(line) for line in
+                (self.evidence / "ledger.jsonl").read_bytes().splitlines()]
 
     @cached_property
     def attempts(self) -> list[Attempt]:
@@ -64,10 +66,49 @@ class Contents:
     def recipe(self) -> str:
         return (self.evidence / "recipe.yaml").read_text(encoding="utf-8")
 
-    @property
-    def recipe_digest(self) -> str:
-        return digest_file(self.evidence / "recipe.yaml")
 
-    @property
-    def results_digests(self) -> list[str]:
-        return [results.digest for results, _ in self.evaluations]
+def card(release: Contents) -> str:
+    """README.md of a release: every number is computed from the evidence, none is typed. Pure:
+    verification renders it again and compares the bytes."""
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True,
+                                     keep_trailing_newline=True)
+    environment.filters["number"] = lambda value, form: (
+        format(value, form) if isinstance(value, int | float) else "not recorded")
+    template = Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8")
+    return environment.from_string(template).render(
+        about=release.about, model=release.model, recipe=release.recipe.strip(), weak=WEAK,
+        parameters=sum(p.numel() for p in release.model.network.parameters()),
+        evaluations=[results for results, _ in release.evaluations],
+        training=lineage(release.attempts, release.model.digest))
+
+
+def manifest(release: Contents) -> dict[str, Any]:
+    """What manifest.json must say of a release. The release digest covers weights, scores and
+    recipe, but no times or costs: a run killed and continued gives the same one."""
+    what = {"model_digest": release.model.digest,
+            "results_digests": [results.digest for results, _ in release.evaluations],
+            "recipe_digest": digest_file(release.evidence / "recipe.yaml")}
+    return {"format": 1, **what, "release_digest": digest_of(what),
+            "files": files_in(release.folder)}
+
+
+def files_in(folder: Path) -> dict[str, dict[str, Any]]:
+    """sha256 and size of every file of a release but the manifest, by its path within it. A link
+    is a VicugnaError: what it leads to is not in the release."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise VicugnaError("neither file nor folder", str(path), "Put the file itself there")
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name != MANIFEST:
+            found[name] = {"sha256": digest_file(path), "size": path.stat().st_size}
+    return found
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read manifest.json; VicugnaError if it is not one."""
+    content = read_json(folder / MANIFEST)
+    if not isinstance(content, dict) or content.get("format") != 1 or "files" not in content:
+        raise VicugnaError("not a release's manifest of this version", str(folder / MANIFEST),
+                           "Check that this folder is a release")
+    return content

@@ -2,28 +2,25 @@
 
 A row is `{"seq", "previous", "content", "hash"}`; its hash covers the other three, and `previous`
 is the hash of the row before. `content` holds the event ("open", "resume" or "close"), the
-attempt's id, the time and what was said of it. Triggers forbid change and deletion, so a slip is
-stopped at once, and whoever works around them is found by check().
+attempt's id, the time and what was said of it. Triggers forbid change and deletion; whoever works
+around them is found by check().
 """
-
-from __future__ import annotations
 
 import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from vicugna.errors import VicugnaError
-from vicugna.files import canonical, digest_of, storage_error
+from vicugna.files import canonical, digest_of, disk_errors
 
 OUTCOMES = ("done", "failed", "refused", "interrupted")
 FIRST = "0" * 64
 VERSION = 1
-ALL = "SELECT seq, previous, content, hash FROM rows ORDER BY seq"
 SCHEMA = """
 CREATE TABLE rows (seq INTEGER PRIMARY KEY AUTOINCREMENT, previous TEXT NOT NULL,
                    content TEXT NOT NULL, hash TEXT NOT NULL);
@@ -32,7 +29,7 @@ CREATE TRIGGER no_delete BEFORE DELETE ON rows BEGIN SELECT RAISE(ABORT, 'append
 """
 
 
-@dataclass
+@dataclass(frozen=True)
 class Attempt:
     """One attempt as its rows tell it. `outcome` is "open" while it runs or after it was killed,
     then one of OUTCOMES; `cost` (flops, device_seconds, tokens, peak_memory_bytes) covers the
@@ -55,17 +52,13 @@ class Attempt:
 
 
 class Ledger:
-    """The ledger at `path`, made if it is missing. Raises VicugnaError if it is something else.
-
-    Holds no connection between calls; any number of processes may write at once.
-    """
+    """The ledger at `path`, made if it is missing; many processes may write at once. Raises
+    VicugnaError if it is something else."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        try:
+        with disk_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise storage_error(error, self.path) from error
         with self._transaction() as db:
             (version,) = db.execute("PRAGMA user_version").fetchone()
             tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master")}
@@ -79,21 +72,17 @@ class Ledger:
 
     def open(self, kind: str, purpose: str, recipe_digest: str, code_version: str,
              data_digest: str, parents: Sequence[str] = (), folder: str = "") -> str:
-        """Enter an attempt before its first step and give its id.
-
-        If the last attempt with this kind, recipe, data, parents and folder was killed or
-        interrupted, this goes on with that one.
-        """
-        said = {"kind": kind, "purpose": purpose, "recipe_digest": recipe_digest,
-                "code_version": code_version, "data_digest": data_digest,
+        """Enter an attempt before its first step and give its id. If the last attempt with this
+        kind, recipe, data, parents and folder was killed or interrupted, this resumes that one."""
+        same = {"kind": kind, "recipe_digest": recipe_digest, "data_digest": data_digest,
                 "parents": list(parents), "folder": folder}
-        same = ("kind", "recipe_digest", "data_digest", "parents", "folder")
         with self._transaction() as db:
             alike = [attempt for attempt in attempts_in(_rows(db))
-                     if all(getattr(attempt, key) == said[key] for key in same)]
+                     if same.items() <= vars(attempt).items()]
             if alike and alike[-1].outcome in ("open", "interrupted"):
                 return _append(db, "resume", alike[-1].id, {"code_version": code_version})
-            return _append(db, "open", "", said)
+            return _append(db, "open", "", {
+                **same, "purpose": purpose, "code_version": code_version})
 
     def close(self, attempt: str, outcome: str, cost: Mapping[str, Any],
               result: Mapping[str, Any]) -> None:
@@ -101,8 +90,7 @@ class Ledger:
         if outcome not in OUTCOMES:
             raise VicugnaError(f"no outcome {outcome!r}", "ledger", f"Use {', '.join(OUTCOMES)}")
         with self._transaction() as db:
-            known = {one.id: one for one in attempts_in(_rows(db))}
-            if attempt not in known or known[attempt].outcome != "open":
+            if (attempt, "open") not in [(a.id, a.outcome) for a in attempts_in(_rows(db))]:
                 raise VicugnaError(f"attempt {attempt} is not open", str(self.path),
                                    "Open it before closing it")
             _append(db, "close", attempt,
@@ -120,35 +108,30 @@ class Ledger:
     def check(self) -> str | None:
         """Walk the chain: what is wrong with the first broken row, or None."""
         with self._transaction("DEFERRED") as db:
-            guards = {name for (name,) in db.execute("SELECT name FROM sqlite_master "
-                                                     "WHERE type = 'trigger'")}
-            newest = db.execute("SELECT seq FROM sqlite_sequence").fetchone() or (0,)
-            stored = db.execute(ALL).fetchall()
+            names = {name for (name,) in db.execute("SELECT name FROM sqlite_master")}
+            (newest,) = db.execute("SELECT seq FROM sqlite_sequence").fetchone() or (0,)
+            rows = _rows(db)
         previous = FIRST
-        for seq, row in enumerate(map(_row, stored), start=1):
+        for seq, row in enumerate(rows, start=1):
             if row["seq"] != seq or row["previous"] != previous or not intact(row):
                 return f"row {seq}: it or the row before it was changed or removed"
             previous = row["hash"]
-        if newest[0] != len(stored):
-            return f"row {len(stored) + 1}: it was removed"
-        return None if guards >= {"no_update", "no_delete"} else "its triggers were removed"
+        if newest != len(rows):
+            return f"row {len(rows) + 1}: it was removed"
+        return None if names >= {"no_update", "no_delete"} else "its triggers were removed"
 
     @contextmanager
     def _transaction(self, kind: str = "IMMEDIATE") -> Iterator[sqlite3.Connection]:
         try:
             with closing(sqlite3.connect(self.path, 60, isolation_level=None)) as db:
-                db.execute("PRAGMA busy_timeout = 60000")
-                db.execute("PRAGMA journal_mode = WAL")
-                db.execute("PRAGMA synchronous = FULL")
-                db.execute(f"BEGIN {kind}")
+                for statement in ("PRAGMA busy_timeout = 60000", "PRAGMA journal_mode = WAL",
+                                  "PRAGMA synchronous = FULL", f"BEGIN {kind}"):
+                    db.execute(statement)
                 yield db  # an exception closes the connection, which rolls back
                 db.execute("COMMIT")
-        except sqlite3.OperationalError as error:
-            raise VicugnaError(f"cannot be used: {error}", str(self.path),
-                               "Check the disk, the permissions and other processes") from error
         except sqlite3.DatabaseError as error:
-            raise VicugnaError(f"not a sound SQLite file: {error}", str(self.path),
-                               "Restore it from a copy, or move it away") from error
+            raise VicugnaError(f"no usable SQLite file: {error}", str(self.path), "Check the disk, "
+                               "permissions and other processes, or restore a copy") from error
 
 
 def intact(row: Mapping[str, Any]) -> bool:
@@ -166,12 +149,10 @@ def attempts_in(rows: Iterable[Mapping[str, Any]]) -> list[Attempt]:
             if event == "open":
                 found[name] = Attempt(id=name, opened=time, **said)
             elif event == "resume":
-                found[name].outcome, found[name].closed = "open", ""
-                found[name].resumed += 1
+                resumed = found[name].resumed + 1
+                found[name] = replace(found[name], outcome="open", closed="", resumed=resumed)
             else:
-                attempt = found[name]
-                attempt.closed, attempt.outcome = time, said["outcome"]
-                attempt.cost, attempt.result = said["cost"], said["result"]
+                found[name] = replace(found[name], closed=time, **said)
         except (KeyError, TypeError) as error:
             raise VicugnaError(f"a changed row: {error!r}", f"ledger row {row['seq']}",
                                "Restore the ledger from a copy") from error
@@ -179,10 +160,8 @@ def attempts_in(rows: Iterable[Mapping[str, Any]]) -> list[Attempt]:
 
 
 def lineage(attempts: Sequence[Attempt], digest: str) -> list[Attempt]:
-    """The finished attempts that made `digest`, and what it was made from, oldest first.
-
-    Where several made the same bytes, the latest stands for them.
-    """
+    """The finished attempts that made `digest`, and what it was made from, oldest first. Where
+    several made the same bytes, the latest stands for them."""
     makers = {a.result.get("digest"): a for a in attempts if a.outcome == "done"}
     wanted, found = [digest], []
     while wanted:
@@ -205,13 +184,12 @@ def _append(db: sqlite3.Connection, event: str, attempt: str, said: Mapping[str,
 
 
 def _rows(db: sqlite3.Connection) -> list[dict[str, Any]]:
-    return [_row(row) for row in db.execute(ALL)]
-
-
-def _row(stored: Sequence[Any]) -> dict[str, Any]:
-    seq, previous, content, digest = stored
-    try:
-        content = dict(json.loads(content))
-    except (ValueError, TypeError):
-        content = {}  # no longer what its hash says: check() finds it
-    return {"seq": seq, "previous": previous, "content": content, "hash": digest}
+    rows = []
+    for seq, previous, text, digest in db.execute(
+            "SELECT seq, previous, content, hash FROM rows ORDER BY seq"):
+        try:
+            content = dict(json.loads(text))
+        except (ValueError, TypeError):
+            content = {}  # no longer what its hash says: check() finds it
+        rows.append({"seq": seq, "previous": previous, "content": content, "hash": digest})
+    return rows

@@ -4,14 +4,12 @@ What the run folder does not hold is left out. All that a model or a user wrote 
 Jinja and matplotlib escape it, and the page forbids scripts.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import math
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -39,12 +37,10 @@ PANELS = (("pretrain", "Pretraining: loss", LOSS), ("sft", "Fine-tuning: loss", 
           ("rl", "Reinforcement learning: tokens in a reply", {"length": "mean"}))
 SAMPLES = 3  # tasks of which a right answer is shown, and of which another
 Scored = tuple[str, Results, list[dict[str, Any]]]  # a checkpoint's name, results, records
-Needles = dict[int, list[tuple[float | None, bool]]]
 
 # Figures are drawn in these colours, which then become the page's variables: it may be dark.
 TEXT, SOFT, LINE, SERIES = "#221d18", "#6f665b", "#e5ded3", ("#a9532a", "#2b6f77")
 VARIABLES = {TEXT: "text", SOFT: "soft", LINE: "line", SERIES[0]: "series-0", SERIES[1]: "series-1"}
-HUES = ("#f7e9de", "#ebc3a0", "#d3b9a0", "#8fb0ab", "#3c8087", "#17505a")  # 0% to 100%
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "vicugna", "text.parse_math": False,
          "font.size": 9, "text.color": TEXT, "axes.edgecolor": LINE, "axes.labelcolor": SOFT,
          "xtick.color": LINE, "ytick.color": LINE, "xtick.labelcolor": SOFT,
@@ -58,7 +54,6 @@ def write_report(run_folder: Path, ledger_path: Path) -> Path:
     The same files give the same bytes. A broken ledger is told of on the page. Raises VicugnaError
     if something in the run cannot be read, or the page cannot be written.
     """
-    run_folder, ledger_path = Path(run_folder), Path(ledger_path)
     try:
         page = _page(run_folder)
     except OSError as error:
@@ -91,12 +86,11 @@ def _page(run_folder: Path) -> dict[str, Any]:
     released = folders.get("release", run_folder) / "release"
     metrics = {name: _lines(path / "metrics.jsonl") for name, path in folders.items()}
     scored = _scored(folders["eval"]) if "eval" in folders else []
-    needles = _needles(scored[-1][2]) if scored else {}
     return {
         "folder": run_folder.resolve().name, "recipe": text, "settings": settings,
         "trained": trained, "scored": scored, "compared": _compared(scored), "metrics": metrics,
-        "curves": _curves(metrics), "needles": needles, "samples": _samples(scored),
-        "heat": _heat_map(needles, trained), "manifest": _read(released / "manifest.json"),
+        "curves": _curves(metrics), "samples": _samples(scored),
+        "manifest": _read(released / "manifest.json"),
         "stages": {name: _read(path / "stage.json") for name, path in folders.items()},
         "network": _network([released, *(
             path / "checkpoint" for path in reversed(folders.values()))])}
@@ -137,11 +131,10 @@ def _network(folders: Sequence[Path]) -> dict[str, Any]:
 
 def _scored(folder: Path) -> list[Scored]:
     """The finished evaluations in a folder, the earliest checkpoint's first."""
-    paths = sorted((path.parent for path in folder.glob("*/results.json")), key=lambda path: (
-        ORDER.index(path.name) if path.name in ORDER else -1, path.name))
-    read = [(path.name, *read_results(path)) for path in paths]
+    names = sorted((path.parent.name for path in folder.glob("*/results.json")), key=lambda name: (
+        ORDER.index(name) if name in ORDER else -1, name))
     return [(name, replace(results, rows=sorted(results.rows, key=_natural)), records)
-            for name, results, records in read]
+            for name in names for results, records in [read_results(folder / name)]]
 
 
 def _natural(row: Row) -> list[Any]:
@@ -150,23 +143,12 @@ def _natural(row: Row) -> list[Any]:
     return [float(part) if k % 2 else part for k, part in enumerate(parts)]
 
 
-def _needles(records: Sequence[Mapping[str, Any]]) -> Needles:
-    """(depth, whether right) of the single needles by planned length in tokens, shortest first."""
-    found: Needles = {}
-    for record in sorted(records, key=lambda record: record["length_tokens"]):
-        if record["task"] == "retrieval.single" and record["length_tokens"]:
-            found.setdefault(record["length_tokens"], []).append(
-                (record["difficulty"]["position"], record["outcome"] == "right"))
-    return found
-
-
 def _compared(scored: Sequence[Scored]) -> dict[tuple[str, str, str], dict[str, Row]]:
     """What each checkpoint scored on each row of reasoning, by its name."""
     found: dict[tuple[str, str, str], dict[str, Row]] = {}
-    for name, results, _ in reversed(scored):
-        for row in results.rows:
-            if row.task.startswith("reasoning."):
-                found.setdefault((row.group, row.task, row.difficulty), {})[name] = row
+    for name, row in [(name, row) for name, results, _ in reversed(scored) for row in results.rows]:
+        if row.task.startswith("reasoning."):
+            found.setdefault((row.group, row.task, row.difficulty), {})[name] = row
     return found
 
 
@@ -179,78 +161,44 @@ def _samples(scored: Sequence[Scored]) -> list[dict[str, Any]]:
         if key not in found and record["task"].startswith("reasoning.") and sum(
                 other == key[0] for other, _ in found) < SAMPLES:
             planned = PlannedItem.from_dict(record)
-            by = {name: other for name, _, records in scored for other in records
-                  if other["id"] == record["id"]}
-            found[key] = {"planned": planned, "by": by}
+            found[key] = {"planned": planned, "by": {
+                name: other for name, _, records in scored for other in records
+                if other["id"] == record["id"]}}
             with suppress(VicugnaError):  # another version may not make this question
                 found[key]["item"] = make(planned)
     return [found[key] for key in sorted(found, key=lambda key: key[0])]
 
 
 def _curves(metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[str, str, Markup]]:
-    """(stage, title, figure) for what was recorded: raw faint and smoothed over it, or points."""
-    found = []
-    for stage, title, words in PANELS:
-        def draw(axes: Any, stage: str = stage, words: dict[str, str] = words) -> None:
-            for (key, word), colour in zip(words.items(), SERIES, strict=False):
-                pairs = [(row.get("step"), row.get(key)) for row in metrics[stage]]
-                points = [pair for pair in pairs if None not in map(finite, pair)]
-                if not points:
-                    continue
-                x, y = np.array(points, float)[:: 1 + len(points) // 2000].T
-                if len(points) < max(8, len(pairs) / 2):
-                    axes.plot(x, y, "o-", color=colour, markersize=3.5, linewidth=1, label=word)
-                else:
-                    near = np.ones(2 * (len(y) // 80) + 3)
-                    mean = np.convolve(y, near, "same") / np.convolve(y * 0 + 1, near, "same")
-                    axes.plot(x, y, color=colour, linewidth=0.7, alpha=0.3)
-                    axes.plot(x, mean, color=colour, linewidth=1.8, label=word)
-            axes.set_xlabel("step")
-            axes.legend(loc="best")
-        if any(finite(row.get(key)) is not None for row in metrics.get(stage, ()) for key in words):
-            found.append((stage, title, _svg(5, 2.6, draw)))
-    return found
+    """(stage, title, figure) for what was recorded."""
+    return [(stage, title, _figure(metrics[stage], words)) for stage, title, words in PANELS
+            if any(finite(row.get(k)) is not None for row in metrics.get(stage, ()) for k in words)]
 
 
-def _heat_map(needles: Needles, trained: float) -> Markup:
-    """Share right by length and depth, with a line after the lengths trained on; may be empty."""
-    depths = sorted({at for items in needles.values() for at, _ in items if at is not None})
-    hits = [[[hit for at, hit in items if at == depth] for items in needles.values()]
-            for depth in depths]
-    edges = [np.arange(len(steps) + 1) - 0.5 for steps in (needles, depths)]
-
-    def draw(axes: Any) -> None:
-        from matplotlib.colors import LinearSegmentedColormap
-        share = np.array([[100 * sum(cell) / len(cell) if cell else math.nan for cell in row]
-                          for row in hits])
-        for (y, x), value in np.ndenumerate(share):
-            ink = {"color": "#ffffff" if value > 65 else "#2a211a", "ha": "center"}
-            if hits[y][x]:
-                axes.text(x, y, f"{value:.0f}%", **ink)
-                axes.text(x, y + 0.32, f"n={len(hits[y][x])}", size=6.5, **ink)
-        colours = LinearSegmentedColormap.from_list("", HUES, 40)  # few, so they stay vectors
-        mesh = axes.pcolormesh(*edges, share, cmap=colours, vmin=0, vmax=100)
-        mesh.set(edgecolor=LINE, linewidth=1)
-        axes.figure.colorbar(mesh, ax=axes, format="%d%%", aspect=30).solids.set_edgecolor("face")
-        axes.grid(False)
-        axes.invert_yaxis()
-        axes.set_xticks(range(len(needles)), [f"{length:,}" + (
-            f"\n{length / trained:.3g}×" if 0 < trained < length else "") for length in needles])
-        axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
-        axes.set(xlabel="length of the prompt, tokens", ylabel="depth of the needle in the text")
-        if trained:
-            axes.axvline(sum(length <= trained for length in needles) - 0.5, color=SERIES[0], lw=3)
-    return _svg(2.2 + 0.9 * len(needles), 1.1 + 0.5 * len(depths), draw) if depths else Markup()
-
-
-def _svg(width: float, height: float, draw: Callable[[Any], None]) -> Markup:
+def _figure(rows: Sequence[Mapping[str, Any]], words: Mapping[str, str]) -> Markup:
+    """Raw values faint and smoothed ones over them, or points where there are few, as an SVG."""
     from matplotlib import style  # takes a second, which no other command should wait
     from matplotlib.figure import Figure
 
     with style.context(["default", STYLE]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of letters that the measuring font does not have
-        figure, file = Figure((width, height), layout="constrained"), io.StringIO()
-        draw(figure.add_subplot())
+        figure, file = Figure((5, 2.6), layout="constrained"), io.StringIO()
+        axes = figure.add_subplot()
+        for (key, word), colour in zip(words.items(), SERIES, strict=False):
+            pairs = [(row.get("step"), row.get(key)) for row in rows]
+            points = [pair for pair in pairs if None not in map(finite, pair)]
+            if not points:
+                continue
+            x, y = np.array(points, float)[:: 1 + len(points) // 2000].T
+            if len(points) < max(8, len(pairs) / 2):
+                axes.plot(x, y, "o-", color=colour, markersize=3.5, linewidth=1, label=word)
+            else:
+                near = np.ones(2 * (len(y) // 80) + 3)
+                mean = np.convolve(y, near, "same") / np.convolve(y * 0 + 1, near, "same")
+                axes.plot(x, y, color=colour, linewidth=0.7, alpha=0.3)
+                axes.plot(x, mean, color=colour, linewidth=1.8, label=word)
+        axes.set_xlabel("step")
+        axes.legend(loc="best")
         figure.savefig(file, format="svg", transparent=True,
                        metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     text = re.sub(r'<g id="[^"]*"', "<g", file.getvalue().partition("<svg")[2])

@@ -4,12 +4,10 @@ Without a signature it cannot say who made a release, nor detect evidence that w
 and consistently; it can show that these weights give these scores on these questions.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +17,11 @@ from vicugna.errors import Refused, VicugnaError
 from vicugna.evals import PlannedItem, Results
 from vicugna.evals.plan import slices
 from vicugna.evals.runner import Local, Reply, ask, judge, make
-from vicugna.release import card
-from vicugna.release.contents import Contents
+from vicugna.release.contents import Contents, card, files_in, manifest, read_manifest
 from vicugna.release.ledger import Attempt, intact, lineage
-from vicugna.release.manifest import files_in, manifest, read_manifest
 
 ELSEWHERE = 0.95  # share of sampled outcomes that must agree on another kind of machine
-Progress = Callable[[int, int], None] | None
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -37,7 +33,8 @@ class Check:
     detail: str
 
 
-def verify(folder: str | Path, sample: int = 32, progress: Progress = None) -> list[Check]:
+def verify(folder: str | Path, sample: int = 32, progress: Progress = lambda done, total: None
+           ) -> list[Check]:
     """Check a release folder; it holds if every check is ok.
 
     `sample`: at least so many items, in whole batches drawn at random, are asked again of the
@@ -49,7 +46,7 @@ def verify(folder: str | Path, sample: int = 32, progress: Progress = None) -> l
         "files": _files, "model": _model, "items": _items, "ledger": _ledger, "card": _card,
         "release digest": _digest}
     if sample:
-        parts["sample"] = partial(_sample, sample=sample, progress=progress)
+        parts["sample"] = lambda release: _sample(release, sample, progress)
     checks = []
     for name, part in parts.items():
         try:
@@ -62,11 +59,10 @@ def verify(folder: str | Path, sample: int = 32, progress: Progress = None) -> l
 
 def evaluating(attempts: Sequence[Attempt], results: Results) -> list[Attempt]:
     """The finished evaluations that gave `results`: entered with its plan and its weights."""
-    return [attempt for attempt in attempts
-            if attempt.kind == "eval" and attempt.outcome == "done"
-            and attempt.data_digest == results.plan_digest
-            and results.model_digest in attempt.parents
-            and attempt.result.get("digest") == results.digest]
+    return [one for one in attempts
+            if (one.kind, one.outcome, one.data_digest) == ("eval", "done", results.plan_digest)
+            and results.model_digest in one.parents
+            and one.result.get("digest") == results.digest]
 
 
 def _files(release: Contents) -> str:
@@ -83,8 +79,7 @@ def _model(release: Contents) -> str:
     digest = release.model.digest
     for results, _ in release.evaluations:
         if results.model_digest != digest:
-            raise Refused(f"the results are of model {results.model_digest[:12]}, the weights are "
-                          f"{digest[:12]}")
+            raise Refused(f"the results are of {results.model_digest[:12]}, not of {digest[:12]}")
     rows = sum(len(results.rows) for results, _ in release.evaluations)
     return f"{rows} rows of results follow from the items and are of model {digest[:12]}"
 
@@ -104,19 +99,18 @@ def _items(release: Contents) -> str:
         for row, asked in seeds.items():
             first = tasks.SPLITS[tasks.split_of(min(asked))].start
             if sorted(asked) != list(range(first, first + len(asked))):
-                raise Refused("its questions are not the first ones of the split, each once",
-                              str(row))
+                raise Refused("its questions are not the first of the split, each once", str(row))
     kept = f"; {left} of somebody's own cannot be made again here" if left else ""
     return f"{checked} questions made again and their replies scored again{kept}"
 
 
 def _judge_again(planned: PlannedItem, record: dict[str, Any]) -> None:
     item = make(planned)
-    due: tuple[Any, ...] = ("error", None, record["error"] or "an error without a message")
+    due = {"outcome": "error", "score": None, "error": record["error"] or "a message is missing"}
     if record["finish_reason"] and not isinstance(item, str):
         due = judge(item, Reply(record["response"], finish_reason=record["finish_reason"]))
-    if due != (record["outcome"], record["score"], record["error"]):
-        raise Refused(f"recorded as {record['outcome']}, but the reply is {due[0]}",
+    if any(record[key] != value for key, value in due.items()):
+        raise Refused(f"recorded as {record['outcome']}, but the reply is {due['outcome']}",
                       f"item {planned.id}")
 
 
@@ -138,11 +132,10 @@ def _ledger(release: Contents) -> str:
 
 def _card(release: Contents) -> str:
     written = (release.folder / "README.md").read_bytes().split(b"\n")
-    due = card.render(release).encode().split(b"\n")
-    if written != due:
-        pairs = enumerate(zip(written, due, strict=False), start=1)
-        line = next((n for n, (one, other) in pairs if one != other), min(len(written), len(due)))
-        raise Refused("it does not follow from the evidence", f"README.md line {line}")
+    due = card(release).encode().split(b"\n")
+    for line, (one, other) in enumerate(zip_longest(written, due), start=1):
+        if one != other:
+            raise Refused("it does not follow from the evidence", f"README.md line {line}")
     return "every byte follows from the evidence"
 
 
@@ -167,10 +160,8 @@ def _sample(release: Contents, sample: int, progress: Progress) -> str:
             if here and not same:
                 raise Refused(f"asked again, it ends as {new['outcome']} with another record",
                               f"item {old['id']}, {old['outcome']}")
-            elsewhere, differ = elsewhere + (not here), differ + (not same)
-        done += len(batch)
-        if progress:
-            progress(done, total)
+            done, elsewhere, differ = done + 1, elsewhere + (not here), differ + (not same)
+        progress(done, total)
     if differ > max(1, (1 - ELSEWHERE) * elsewhere):
         raise Refused(f"{differ} of {total} items asked again end otherwise")
     return f"{total - differ} of {total} items asked again end the same" + (
@@ -179,16 +170,14 @@ def _sample(release: Contents, sample: int, progress: Progress) -> str:
 
 def _draw(release: Contents, sample: int) -> list[tuple[Results, list[dict[str, Any]]]]:
     """Whole batches at random, unforeseeable to whoever made the release."""
-    batches = []
+    batches, drawn = [], list[tuple[Results, list[dict[str, Any]]]]()
     for results, records in release.evaluations:
-        left = iter(records)
-        plan = [PlannedItem.from_dict(record) for record in records]
+        left, plan = iter(records), [PlannedItem.from_dict(record) for record in records]
         for planned in slices(plan, results.batch_size, results.batch_tokens):
             batch = [next(left) for _ in planned]
             if all(item.task in tasks.TASKS for item in planned):
                 batches.append((results, batch))
     random.SystemRandom().shuffle(batches)
-    drawn: list[tuple[Results, list[dict[str, Any]]]] = []
     while batches and sum(len(batch) for _, batch in drawn) < sample:
         drawn.append(batches.pop())
     return drawn

@@ -1,42 +1,31 @@
 """The OpenAI-compatible routes and the chat page, over one loaded model."""
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import hashlib
-import re
+import json
+import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Generator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, Request
-from fastapi.responses import HTMLResponse, Response, StreamingResponse
-from starlette.background import BackgroundTask
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from vicugna import engine
-from vicugna.engine import Delta
 from vicugna.errors import VicugnaError
 from vicugna.model import Model
 from vicugna.server.guard import Guard
-from vicugna.server.protocol import (
-    MAX_BODY_BYTES,
-    MAX_SEED,
-    ApiError,
-    ChatRequest,
-    dump,
-    parse,
-    token_logprobs,
-)
-from vicugna.server.reply import ContextExceeded, ReasoningSplitter, prompt_tokens, tokenizer_of
-from vicugna.server.worker import Busy, Job, Worker
+from vicugna.server.protocol import ApiError, ChatRequest, parse, token_logprobs
+from vicugna.server.reply import ContextExceeded, prompt_tokens, reply, tokenizer_of
+from vicugna.server.worker import Worker
 
+MAX_BODY_BYTES = 10_000_000
 BODY_SECONDS = 60  # a body that takes longer to arrive is given up
 
 
@@ -57,170 +46,139 @@ class Server:
                                 f"'{self.name}'.", "model", "model_not_found")
         return self.card
 
-    def prompt(self, request: ChatRequest) -> list[int]:
-        """The prompt as tokens. Raises ApiError for an unknown model or an overlong prompt."""
+    def read(self, body: bytes) -> "Answer":
+        """The answer to come for a request's body. Raises ApiError for whatever is wrong."""
+        request = parse(body)
         self.find(request.model)
+        turns = [{"role": message.role, "content": message.content,
+                  "reasoning": message.reasoning_content} for message in request.messages]
         try:
-            return prompt_tokens(self.model, [message.turn() for message in request.messages])
+            prompt = prompt_tokens(self.model, turns)
         except VicugnaError as error:
             code = "context_length_exceeded" if isinstance(error, ContextExceeded) else None
             raise ApiError(400, f"{error}.", "messages", code) from error
+        return Answer(self, request, prompt)
 
-    def job(self, request: ChatRequest, prompt: list[int]) -> Job:
-        """Queue the generation; its events are (choice index, Delta), one choice after another."""
-        sampling = request.sampling()
-
-        def start(cancelled: Callable[[], bool]) -> Generator[tuple[int, Delta], None, None]:
-            for index in range(request.n):
-                own = replace(sampling, seed=(sampling.seed + index) % MAX_SEED)
-                for delta in engine.stream(self.model.network, self.tokenizer, prompt, own,
-                                           cancelled):
-                    yield index, delta
-
-        job = Job(start)
-        self.worker.submit(job)
-        return job
+    async def complete(self, request: Request) -> Response:
+        """Answer a chat completion, whole or streamed; a client that leaves ends it."""
+        answer = await asyncio.to_thread(self.read, await _body(request))
+        self.worker.check()
+        if answer.request.stream:
+            return StreamingResponse(answer.chunks(), media_type="text/event-stream")
+        whole = asyncio.create_task(answer.whole())
+        left = asyncio.ensure_future(request.receive())  # after the body only "disconnect" comes
+        try:
+            await asyncio.wait((whole, left), return_when=asyncio.FIRST_COMPLETED)
+            if not whole.done():
+                raise ApiError(408, "The client left before the answer was complete.")
+            return JSONResponse(whole.result())
+        finally:
+            whole.cancel()
+            left.cancel()
 
 
 class Answer:
-    """Turns one request's deltas into OpenAI's objects, and keeps the count of tokens."""
+    """Makes one request's answer in OpenAI's form, and keeps the count of tokens."""
 
     def __init__(self, server: Server, request: ChatRequest, prompt: list[int]) -> None:
-        self.request, self.tokenizer = request, server.tokenizer
+        self.server, self.request, self.prompt = server, request, prompt
         self.head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()),
                      "model": server.name, "system_fingerprint": server.fingerprint}
-        self.prompt_tokens, self.completion_tokens, self.reasoning_tokens = len(prompt), 0, 0
-        self.splitters = [ReasoningSplitter(self.tokenizer, prompt) for _ in range(request.n)]
+        self.completion_tokens = self.reasoning_tokens = 0
 
     def usage(self) -> dict[str, Any]:
-        return {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens,
-                "total_tokens": self.prompt_tokens + self.completion_tokens,
+        """How many tokens there have been so far."""
+        return {"prompt_tokens": len(self.prompt), "completion_tokens": self.completion_tokens,
+                "total_tokens": len(self.prompt) + self.completion_tokens,
                 "completion_tokens_details": {"reasoning_tokens": self.reasoning_tokens}}
 
-    async def pieces(self, job: Job) -> AsyncIterator[
-            tuple[int, dict[str, str], list[dict[str, Any]], str | None]]:
-        """(choice index, text by field, logprob entries, finish reason) of every delta."""
-        async for index, delta in job.events():
-            splitter = self.splitters[index]
-            reasoning, content = splitter.push(delta.text, delta.finish_reason is not None)
+    async def _steps(self) -> AsyncIterator[tuple[dict[str, str], list[Any], str | None]]:
+        """(new text by field, logprob entries, finish reason) of every step."""
+        start = partial(reply, self.server.model, self.prompt, self.request.sampling())
+        async for reasoning, answer, thinking, delta in self.server.worker.run(start):
             self.completion_tokens += len(delta.tokens)
-            if reasoning or splitter.reasoning:
-                self.reasoning_tokens += len(delta.tokens)
-            fields = {"reasoning_content": reasoning, "content": content}
-            yield (index, {key: text for key, text in fields.items() if text},
-                   token_logprobs(delta, self.tokenizer) if self.request.logprobs else [],
+            self.reasoning_tokens += len(delta.tokens) * thinking
+            texts = {"reasoning_content": reasoning, "content": answer}
+            yield ({key: text for key, text in texts.items() if text},
+                   token_logprobs(delta, self.server.tokenizer) if self.request.logprobs else [],
                    delta.finish_reason)
 
-    async def whole(self, job: Job) -> dict[str, Any]:
+    async def whole(self) -> dict[str, Any]:
         """The answer of a request that does not stream."""
-        choices = [_choice(index, "message", {"role": "assistant", "content": ""}, [], None)
-                   for index in range(self.request.n)]
-        logprobs: list[list[dict[str, Any]]] = [[] for _ in choices]
-        async for index, pieces, entries, reason in self.pieces(job):
-            message = choices[index]["message"]
-            for key, text in pieces.items():
+        message, logprobs, reason = {"role": "assistant", "content": ""}, [], None
+        async for texts, entries, reason in self._steps():  # noqa: B007 - the last one stays
+            for key, text in texts.items():
                 message[key] = message.get(key, "") + text
-            logprobs[index] += entries
-            choices[index] = _choice(index, "message", message, logprobs[index], reason)
-        return {**self.head, "object": "chat.completion", "choices": choices,
-                "usage": self.usage()}
+            logprobs += entries
+        return {**self.head, "object": "chat.completion", "usage": self.usage(),
+                "choices": [_choice("message", message, logprobs, reason)]}
 
-    async def chunks(self, job: Job) -> AsyncIterator[str]:
+    async def chunks(self) -> AsyncIterator[str]:
         """The answer as server-sent events, ending with [DONE], or with an error event."""
-        options = self.request.stream_options
-        usage = {"usage": None} if options and options.include_usage else {}
+        usage = {"usage": None} if (self.request.stream_options or {}).get("include_usage") else {}
         head = {**self.head, "object": "chat.completion.chunk", **usage}
 
         def event(*choices: dict[str, Any], **more: Any) -> str:
-            return f"data: {dump({**head, 'choices': choices, **more})}\n\n"
+            return f"data: {json.dumps({**head, 'choices': choices, **more})}\n\n"
 
         try:
-            for index in range(self.request.n):
-                yield event(_choice(index, "delta", {"role": "assistant", "content": ""}, [], None))
-            async for index, pieces, entries, reason in self.pieces(job):
-                if pieces or entries:
-                    yield event(_choice(index, "delta", pieces, entries, None))
+            yield event(_choice("delta", {"role": "assistant", "content": ""}))
+            async for texts, entries, reason in self._steps():
+                if texts or entries:
+                    yield event(_choice("delta", texts, entries))
                 if reason is not None:
-                    yield event(_choice(index, "delta", {}, [], reason))
+                    yield event(_choice("delta", {}, reason=reason))
             if usage:
                 yield event(usage=self.usage())
             yield "data: [DONE]\n\n"
         except Exception as error:
-            yield f"data: {dump(_as_api_error(error).body())}\n\n"
+            if not isinstance(error, ApiError | VicugnaError):
+                logging.getLogger(__name__).exception("generation failed")
+            yield f"data: {json.dumps(_as_api_error(error).body)}\n\n"
 
 
-def _choice(index: int, form: str, pieces: dict[str, str], entries: list[dict[str, Any]],
-            finish_reason: str | None) -> dict[str, Any]:
-    """One entry of `choices`; `form` is "delta" or "message"."""
-    shown = {"content": entries, "refusal": None} if entries else None
-    return {"index": index, form: pieces, "logprobs": shown, "finish_reason": finish_reason}
+def _choice(form: str, texts: dict[str, str], entries: Sequence[Any] = (),
+            reason: str | None = None) -> dict[str, Any]:
+    logprobs = {"content": entries, "refusal": None} if entries else None
+    return {"index": 0, form: texts, "logprobs": logprobs, "finish_reason": reason}
 
 
 def _as_api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, VicugnaError):
-        return ApiError(503 if isinstance(error, Busy) else 500, f"{error}.")
+        return ApiError(500, f"{error}.")
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, f"{error.detail}.")
     return ApiError(500, "The server failed while answering; its log says why.")
 
 
-async def _on_error(request: Request, error: Exception) -> Response:
-    return _as_api_error(error).response()
-
-
 async def _body(request: Request) -> bytes:
-    body = bytearray()
-    too_large = ApiError(413, f"The body is larger than {MAX_BODY_BYTES} bytes.")
-    if int(request.headers.get("content-length", 0)) > MAX_BODY_BYTES:
-        raise too_large
+    body, size = bytearray(), int(request.headers.get("content-length", 0))
     try:
         async with asyncio.timeout(BODY_SECONDS):
-            async for piece in request.stream():
+            pieces = request.stream()
+            while size <= MAX_BODY_BYTES and (piece := await anext(pieces, None)) is not None:
                 body += piece
-                if len(body) > MAX_BODY_BYTES:
-                    raise too_large
-    except TimeoutError:
+                size = max(size, len(body))
+    except (TimeoutError, ClientDisconnect):
         raise ApiError(408, f"The body did not arrive in {BODY_SECONDS} seconds.") from None
-    except ClientDisconnect:
-        raise ApiError(400, "The client left before the body was complete.") from None
+    if size > MAX_BODY_BYTES:
+        raise ApiError(413, f"The body is larger than {MAX_BODY_BYTES} bytes.")
     return bytes(body)
-
-
-async def _complete(server: Server, request: Request) -> Response:
-    wanted = await asyncio.to_thread(parse, await _body(request))
-    prompt = await asyncio.to_thread(server.prompt, wanted)
-    job, answer = server.job(wanted, prompt), Answer(server, wanted, prompt)
-    if wanted.stream:
-        return StreamingResponse(answer.chunks(job), media_type="text/event-stream",
-                                 background=BackgroundTask(job.cancel))
-
-    async def cancel_when_left() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-        job.cancel()
-
-    watch = asyncio.create_task(cancel_when_left())
-    try:
-        return Response(dump(await answer.whole(job)), media_type="application/json")
-    finally:
-        watch.cancel()
-        job.cancel()
 
 
 def _page() -> Response:
     """The chat page; its policy allows its own script and style by their hashes, nothing else."""
     html = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
 
-    def hashes(tag: str) -> str:
-        found = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
-        digests = (base64.b64encode(hashlib.sha256(s.encode()).digest()).decode() for s in found)
-        return " ".join(f"'sha256-{digest}'" for digest in digests)
+    def source(tag: str) -> str:
+        content = html.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0].encode()
+        return f"'sha256-{base64.b64encode(hashlib.sha256(content).digest()).decode()}'"
 
-    policy = ("default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; "
-              f"form-action 'none'; frame-ancestors 'none'; script-src {hashes('script')}; "
-              f"style-src {hashes('style')}")
+    policy = ("default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; form-action "
+              f"'none'; frame-ancestors 'none'; script-src {source('script')}; "
+              f"style-src {source('style')}")
     return HTMLResponse(html, headers={"Content-Security-Policy": policy,
                                        "Referrer-Policy": "no-referrer"})
 
@@ -236,35 +194,19 @@ def create_app(model: Model, name: str, hosts: frozenset[str] | None = None,
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        server.worker.start()
         yield
         server.worker.stop()
         await asyncio.to_thread(server.worker.join)
 
-    app = FastAPI(title="Vicugna", lifespan=lifespan, openapi_url=None, redirect_slashes=False)
+    app = FastAPI(lifespan=lifespan, openapi_url=None, redirect_slashes=False)
+    for kind in (ApiError, VicugnaError, HTTPException, Exception):
+        app.add_exception_handler(kind, lambda _, error: _as_api_error(error).response())
     app.state.worker = server.worker
     app.add_middleware(Guard, hosts=hosts, api_key=api_key)
-    for kind in (ApiError, VicugnaError, HTTPException, Exception):
-        app.add_exception_handler(kind, _on_error)
 
-    @app.get("/")
-    async def chat_page() -> Response:
-        return page
-
-    @app.get("/health")
-    async def health() -> dict[str, str]:
-        return {"status": "ok"}
-
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [server.card]}
-
-    @app.get("/v1/models/{name:path}")
-    async def one_model(name: str) -> dict[str, Any]:
-        return server.find(name)
-
-    @app.post("/v1/chat/completions")
-    async def chat(request: Request) -> Response:
-        return await _complete(server, request)
-
+    app.get("/")(lambda: page)
+    app.get("/health")(lambda: {"status": "ok"})
+    app.get("/v1/models")(lambda: {"object": "list", "data": [server.card]})
+    app.get("/v1/models/{name:path}")(server.find)
+    app.post("/v1/chat/completions")(server.complete)
     return app

@@ -1,7 +1,5 @@
 """Who may talk to the server: an ASGI layer in front of every route."""
 
-from __future__ import annotations
-
 import hmac
 import re
 from urllib.parse import urlsplit
@@ -13,6 +11,8 @@ from vicugna.server.protocol import ApiError
 
 LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 PUBLIC = frozenset({"/", "/health"})  # hold nothing secret; every other path needs the key
+HEADERS = {"X-Content-Type-Options": "nosniff", "Cross-Origin-Resource-Policy": "same-origin",
+           "Cache-Control": "no-store"}
 
 
 class Guard:
@@ -34,23 +34,16 @@ class Guard:
             return ApiError(403, "Requests from other sites' pages are refused.", None,
                             "origin_not_allowed")
         given = headers.get("authorization", "").encode("latin-1", "replace")
-        if self.expected is not None and path not in PUBLIC \
-                and not hmac.compare_digest(given, self.expected):
+        if self.expected and path not in PUBLIC and not hmac.compare_digest(given, self.expected):
             return ApiError(401, "Missing or wrong API key: send 'Authorization: Bearer KEY'.",
                             None, "invalid_api_key")
         return None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-
         async def send_guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                headers["X-Content-Type-Options"] = "nosniff"
-                headers["Cross-Origin-Resource-Policy"] = "same-origin"
-                headers["Cache-Control"] = "no-store"
+                MutableHeaders(scope=message).update(HEADERS)
             await send(message)
 
-        refusal = self.refusal(scope["path"], Headers(scope=scope))
+        refusal = scope["type"] == "http" and self.refusal(scope["path"], Headers(scope=scope))
         await (refusal.response() if refusal else self.app)(scope, receive, send_guarded)

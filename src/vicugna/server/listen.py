@@ -1,9 +1,6 @@
 """Binding an address and serving on it until a signal asks to stop."""
 
-from __future__ import annotations
-
 import asyncio
-import errno
 import ipaddress
 import signal
 import socket
@@ -18,11 +15,6 @@ from vicugna.server.app import create_app
 from vicugna.server.guard import LOCAL_NAMES
 
 DRAIN_SECONDS = 10  # how long answers under way may go on after a signal
-_REASONS = {
-    errno.EADDRINUSE: ("the port is in use", "Stop the program on it, or choose another --port"),
-    errno.EACCES: ("no permission to use this port", "Choose a --port above 1023"),
-    errno.EADDRNOTAVAIL: ("this address is not this machine's", "Choose another --host"),
-}
 
 
 def is_loopback(host: str) -> bool:
@@ -43,21 +35,17 @@ def check_exposure(host: str, api_key: str | None) -> None:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket bound to `host:port` (0 picks a free port).
+    """A socket listening on `host:port` (0 picks a free port).
 
     Raises VicugnaError naming the address when it is in use, reserved or not ours.
     """
-    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind((host, port))
-        bound.listen(0)  # two unlistening sockets may share an address: this finds the clash
-    except (OSError, OverflowError, UnicodeError) as error:
-        bound.close()
-        what, fix = _REASONS.get(getattr(error, "errno", 0) or 0,
-                                 ("no such address", "Choose another --host or --port"))
-        raise VicugnaError(what, f"{host}:{port}", fix) from error
-    return bound
+        return socket.create_server((host, port), family=family, dualstack_ipv6=host == "::")
+    except (OSError, OverflowError, ValueError) as error:
+        what = (getattr(error, "strerror", None) or str(error)).partition(" (while")[0]
+        raise VicugnaError(what, f"{host}:{port}", "Choose another --host or --port (from 1024 "
+                           "to 65535), or stop the program that uses it") from error
 
 
 class _Server(uvicorn.Server):
@@ -77,9 +65,8 @@ def run(model: Model, name: str, bound: socket.socket, host: str, api_key: str |
     """
     shown = f"[{host}]" if ":" in host else host
     hosts = LOCAL_NAMES | {shown.lower()} if is_loopback(host) else None
-    app = create_app(model, name, hosts, api_key)
-    config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False,
-                            ws="none", proxy_headers=False,
+    config = uvicorn.Config(create_app(model, name, hosts, api_key), log_level="warning",
+                            access_log=False, server_header=False, ws="none", proxy_headers=False,
                             timeout_graceful_shutdown=DRAIN_SECONDS + 5)
     # uvicorn raises the signal again once it has stopped: by then it has been obeyed.
     for number in (signal.SIGINT, signal.SIGTERM):

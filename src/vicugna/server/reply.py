@@ -1,14 +1,16 @@
 """What server and terminal chat share: checked prompts, and replies split as they stream."""
 
-from __future__ import annotations
-
+from collections.abc import Callable, Generator
 from typing import Any
 
+from vicugna import engine
+from vicugna.engine import Delta, Sampling
 from vicugna.errors import VicugnaError
 from vicugna.model import Model
 from vicugna.tokenizer import Tokenizer
 
 OPEN, CLOSE = "<think>", "</think>"
+Replies = Generator[tuple[str, str, bool, Delta], None, None]
 
 
 class ContextExceeded(VicugnaError):
@@ -36,6 +38,15 @@ def prompt_tokens(model: Model, messages: list[dict[str, Any]]) -> list[int]:
     return tokens
 
 
+def reply(model: Model, prompt: list[int], sampling: Sampling,
+          cancelled: Callable[[], bool] | None = None) -> Replies:
+    """Stream the reply as (new reasoning, new answer, whether it is thinking, delta)."""
+    splitter = ReasoningSplitter(tokenizer_of(model), prompt)
+    for delta in engine.stream(model.network, model.tokenizer, prompt, sampling, cancelled):
+        reasoning, answer = splitter.push(delta.text, delta.finish_reason is not None)
+        yield reasoning, answer, bool(reasoning) or splitter.inside, delta
+
+
 class ReasoningSplitter:
     """Splits a reply into reasoning and answer as it comes.
 
@@ -44,47 +55,25 @@ class ReasoningSplitter:
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: list[int]) -> None:
-        """Some templates open the reasoning themselves: the reply then begins inside it."""
-        self._state = "reasoning" if tokenizer.id_of(OPEN) in prompt[-2:] else "start"
-        self._fresh = self.reasoning  # just after a marker: newlines are dropped
-        self._held = ""
-
-    @property
-    def reasoning(self) -> bool:
-        """Whether the text so far ends inside the reasoning."""
-        return self._state == "reasoning"
+        opened = tokenizer.id_of(OPEN) in prompt[-2:]  # as some templates do themselves
+        self._text, self._given = OPEN if opened else "", ("", "")
+        self.inside = opened  # whether the text so far ends inside the reasoning
 
     def push(self, text: str, last: bool) -> tuple[str, str]:
         """The new (reasoning, answer) text; after the `last` piece nothing is held back."""
-        text, self._held = self._held + text, ""
-        if self._state == "start":
-            start = text.lstrip()
-            if not last and len(start) < len(OPEN) and OPEN.startswith(start):
-                self._held = text
-                return "", ""
-            self._fresh = start.startswith(OPEN)
-            self._state = "reasoning" if self._fresh else "answer"
-            text = start[len(OPEN):] if self._fresh else text
-        if not self.reasoning:
-            return "", self._trimmed(text)
-        thought, closed, text = text.partition(CLOSE)
-        thought = self._trimmed(thought)
-        if closed:
-            self._state, self._fresh = "answer", True
-            return thought.rstrip("\n"), self._trimmed(text)
-        keep = len(thought) if last else len(thought) - _undecided(thought)
-        self._held = thought[keep:]
-        return thought[:keep], ""
+        self._text += text
+        (old_reasoning, old_answer), self._given = self._given, self._split(last)
+        return self._given[0][len(old_reasoning):], self._given[1][len(old_answer):]
 
-    def _trimmed(self, text: str) -> str:
-        text = text.lstrip("\n") if self._fresh else text
-        self._fresh = self._fresh and not text
-        return text
-
-
-def _undecided(thought: str) -> int:
-    """How many characters at the end may be the newlines and beginning of a closing marker."""
-    marker = next((n for n in range(min(len(CLOSE) - 1, len(thought)), 0, -1)
-                   if thought.endswith(CLOSE[:n])), 0)
-    body = thought[:len(thought) - marker]
-    return marker + len(body) - len(body.rstrip("\n"))
+    def _split(self, last: bool) -> tuple[str, str]:
+        start = self._text.lstrip()
+        if not start.startswith(OPEN):
+            return "", "" if OPEN.startswith(start) and not last else self._text
+        thought, closed, answer = start.removeprefix(OPEN).partition(CLOSE)
+        self.inside = not closed
+        if self.inside and not last:
+            half_marker = max(n for n in range(len(CLOSE)) if thought.endswith(CLOSE[:n]))
+            thought = thought[:len(thought) - half_marker]
+        if closed or not last:
+            thought = thought.rstrip("\n")
+        return thought.lstrip("\n"), answer.lstrip("\n")

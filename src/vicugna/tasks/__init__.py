@@ -1,7 +1,5 @@
 """Procedural tasks: one protocol for training data, reward and evaluation."""
 
-from __future__ import annotations
-
 from difflib import get_close_matches
 
 from vicugna.errors import VicugnaError
@@ -13,7 +11,7 @@ from vicugna.tasks.task import SPLITS, Difficulty, Item, Task, split_of, split_s
 __all__ = ["SPLITS", "TASKS", "Difficulty", "Item", "Task", "get", "split_of", "split_seed"]
 
 _ALL: list[Task] = [*RETRIEVAL, *FAMILIES, *CHAINS]
-TASKS: dict[str, Task] = {task.name: task for task in _ALL}
+TASKS = {task.name: task for task in _ALL}
 
 
 def get(name: str) -> Task:

@@ -1,26 +1,14 @@
 """Our own multi-step families: every single step is easy, and the depth says how many there are."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-from vicugna.tasks.task import Difficulty, Item, draw, final_line, make_item
+from vicugna.tasks.task import Difficulty, Item, Posed, draw, final_line, make_item
 
 _LARGEST = 19  # the state of `steps` stays in 0..19, so that one step is a small table
-
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 _PAIRS = [a + b for a in _LETTERS for b in _LETTERS if a != b]
-
-
-@dataclass(frozen=True)
-class Worked:
-    """A question, and the state after every step; the last state is the answer."""
-
-    question: str
-    steps: list[str]
-    answer: str
 
 
 @dataclass(frozen=True)
@@ -28,25 +16,19 @@ class Chain:
     """A task of `difficulty.depth` steps, any depth."""
 
     name: str
-    work: Callable[[Random, Difficulty], Worked]
+    pose: Callable[[Random, Difficulty], Posed]
 
     def item(self, seed: int, difficulty: Difficulty) -> Item:
-        worked, _ = draw(
-            self.name,
-            seed,
-            difficulty,
-            lambda rng: self.work(rng, difficulty),
-            lambda worked: worked.question,
-        )
-        steps = "; ".join(worked.steps)
-        return make_item(self.name, seed, difficulty, worked.question, worked.answer, steps)
+        posed, _ = draw(self.name, seed, difficulty, lambda rng: self.pose(rng, difficulty),
+                        lambda posed: posed.question)
+        return make_item(self.name, seed, difficulty, posed, {})
 
     def score(self, item: Item, response: str) -> float:
         """1.0 when the last line is the answer."""
         return float(final_line(response) == item.answer)
 
 
-def _work_steps(rng: Random, difficulty: Difficulty) -> Worked:
+def _steps(rng: Random, difficulty: Difficulty) -> Posed:
     """Additions, subtractions and doublings that stay within 0..19, each with a random name.
 
     The names let a solver find the next step by what stands beside the last, at any depth. The
@@ -63,10 +45,10 @@ def _work_steps(rng: Random, difficulty: Difficulty) -> Worked:
         words.append(f"{name}: {sign}{k}.")
         steps.append(f"{name} {state}{sign}{k}={after}")
         state = after
-    return Worked(f"{' '.join(words)} Last step and value?", steps, f"{name} {state}")
+    return Posed(f"{' '.join(words)} Last step and value?", f"{name} {state}", "; ".join(steps))
 
 
-def _work_swaps(rng: Random, difficulty: Difficulty) -> Worked:
+def _swaps(rng: Random, difficulty: Difficulty) -> Posed:
     """Letters under cups in a row, two places exchanged at a time; `count` + 3 cups."""
     cups = rng.sample(_LETTERS, min(26, difficulty.count + 3))
     words, steps = [f"Cups: {' '.join(cups)}."], []
@@ -75,10 +57,7 @@ def _work_swaps(rng: Random, difficulty: Difficulty) -> Worked:
         cups[i], cups[j] = cups[j], cups[i]
         words.append(f"Swap {i + 1} {j + 1}.")
         steps.append(" ".join(cups))
-    return Worked(" ".join(words), steps, " ".join(cups))
+    return Posed(" ".join(words), " ".join(cups), "; ".join(steps))
 
 
-CHAINS: list[Chain] = [
-    Chain("reasoning.steps", _work_steps),
-    Chain("reasoning.swaps", _work_swaps),
-]
+CHAINS = [Chain("reasoning.steps", _steps), Chain("reasoning.swaps", _swaps)]

@@ -4,8 +4,6 @@ verifiers judge the answers; the short prompts and the worked solutions are ours
 Source: Stojanovski et al. 2025, "Reasoning Gym", https://github.com/open-thought/reasoning-gym.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,19 +11,9 @@ from random import Random
 from typing import Any
 
 from vicugna.errors import VicugnaError
-from vicugna.tasks.task import Difficulty, Item, draw, final_line, make_item
+from vicugna.tasks.task import Difficulty, Item, Posed, draw, final_line, make_item
 
 _INDICES = 1 << 48
-
-
-@dataclass(frozen=True)
-class Posed:
-    """An instance in our words: question, answer and the worked steps."""
-
-    question: str
-    answer: str
-    reasoning: str
-    index: int = 0
 
 
 @dataclass(frozen=True)
@@ -45,38 +33,34 @@ class Family:
         return f"reasoning.{self.dataset}"
 
     def item(self, seed: int, difficulty: Difficulty) -> Item:
-        """`difficulty.depth` sets the number of terms, numbers, letters, words or animals.
+        """`difficulty.depth` sets the number of terms, numbers, letters or words.
 
         metadata: "index", the instance's place in the reasoning-gym dataset.
         """
         data = self._data(difficulty)
 
-        def propose(rng: Random) -> Posed | None:
+        def propose(rng: Random) -> tuple[Posed, int] | None:
             index = rng.randrange(_INDICES)
             posed = self.pose(data[index])
-            return posed and Posed(posed.question, posed.answer, posed.reasoning, index)
+            return posed and (posed, index)
 
-        posed, _ = draw(self.name, seed, difficulty, propose, lambda posed: posed.question)
-        return make_item(
-            self.name, seed, difficulty, posed.question, posed.answer, posed.reasoning,
-            {"index": posed.index},
-        )  # fmt: skip
+        (posed, index), _ = draw(self.name, seed, difficulty, propose, lambda one: one[0].question)
+        return make_item(self.name, seed, difficulty, posed, {"index": index})
 
     def score(self, item: Item, response: str) -> float:
         """1.0 when reasoning-gym's verifier gives the last line full marks; no partial marks, which
         would reward an answer for being long or nearly right."""
-        data = self._data(item.difficulty)
         answer = final_line(response)
         if not answer or (self.exact and answer != item.answer):
             return 0.0
+        data = self._data(item.difficulty)
         entry = data[item.metadata["index"]]
         return float(data.score_answer(self.restore(answer), entry) >= 1.0)
 
     def _data(self, difficulty: Difficulty) -> Any:
         if difficulty.depth > self.deepest:
-            raise VicugnaError(
-                f"depth is {difficulty.depth}", self.name, f"Use at most {self.deepest}"
-            )
+            raise VicugnaError(f"depth is {difficulty.depth}", self.name,
+                               f"Use at most {self.deepest}")
         return _dataset(self.dataset, tuple(self.settings(difficulty).items()))
 
 
@@ -125,19 +109,18 @@ def _pose_number_sorting(entry: dict[str, Any]) -> Posed:
 
 def _pose_number_filtering(entry: dict[str, Any]) -> Posed:
     meta = entry["metadata"]
-    kept, steps = list(meta["result"]), []
-    for number in meta["original_numbers"]:
-        steps.append(f"{number} {'yes' if number in kept else 'no'}")
+    kept = list(meta["result"])
+    steps = [f"{number} {'yes' if number in kept else 'no'}" for number in meta["original_numbers"]]
     verb, than = meta["operation"].split("_")
-    question = f"{verb.capitalize()} numbers {than} than {meta['filter_value']}: "
-    question += " ".join(meta["original_numbers"])
+    question = (f"{verb.capitalize()} numbers {than} than {meta['filter_value']}: "
+                f"{' '.join(meta['original_numbers'])}")
     return Posed(question, " ".join(kept) or "none", "; ".join(steps))
 
 
 def _pose_spell_backward(entry: dict[str, Any]) -> Posed:
     letters = list(entry["metadata"]["word"].lower())
-    question = f"Spell backward: {' '.join(letters)}"
-    return Posed(question, " ".join(reversed(letters)), _numbered(letters))
+    return Posed(f"Spell backward: {' '.join(letters)}", " ".join(letters[::-1]),
+                 _numbered(letters))
 
 
 def _pose_word_reversal(entry: dict[str, Any]) -> Posed:
@@ -145,73 +128,24 @@ def _pose_word_reversal(entry: dict[str, Any]) -> Posed:
     return Posed(f"Reverse the words: {' '.join(words)}", " ".join(words[::-1]), _numbered(words))
 
 
-def _pose_leg_counting(entry: dict[str, Any]) -> Posed:
-    from reasoning_gym.arithmetic.leg_counting import ANIMALS
-
-    animals, total, steps = entry["metadata"]["animals"], 0, []
-    for animal, count in animals.items():
-        legs = count * ANIMALS[animal]
-        steps.append(
-            f"{count} {animal} {count}*{ANIMALS[animal]}={legs} {total}+{legs}={total + legs}"
-        )
-        total += legs
-    listed = ", ".join(f"{count} {animal}" for animal, count in animals.items())
-    return Posed(f"How many legs: {listed}?", str(total), "; ".join(steps))
-
-
-def _pose_ab(entry: dict[str, Any]) -> Posed | None:
-    """The states on the way, leftmost pair first; programs that vanish are not wanted."""
-    from reasoning_gym.algorithmic.ab import compute_steps
-
-    program = entry["question"].split("program:\n\n")[1].split("\n")[0]
-    states = [" ".join(state) for state in compute_steps(program.split())[0]]
-    if not states[-1]:
-        return None
-    return Posed(f"Rewrite the A::B program: {program}", states[-1], "; ".join(states[1:]))
-
-
 def _between(what: str, n: int) -> dict[str, int]:
     return {f"min_{what}": n, f"max_{what}": n}
 
 
 def _numbers(difficulty: Difficulty) -> dict[str, Any]:
-    return {
-        **_between("numbers", difficulty.depth + 2), **_between("decimals", 0),
-        "min_value": 0, "max_value": 99,
-    }  # fmt: skip
+    return {**_between("numbers", difficulty.depth + 2), **_between("decimals", 0),
+            "min_value": 0, "max_value": 99}
 
 
-FAMILIES: list[Family] = [
-    Family(  # `count` is the number of digits of the longest terms
-        "chain_sum",
-        lambda d: {
-            **_between("terms", d.depth + 2),
-            "min_digits": 1,
-            "max_digits": max(1, d.count),
-        },
-        _pose_chain_sum,
-    ),
+FAMILIES = [
+    Family("chain_sum",  # `count` is the number of digits of the longest terms
+           lambda d: {**_between("terms", d.depth + 2), "min_digits": 1,
+                      "max_digits": max(1, d.count)},
+           _pose_chain_sum),
     Family("number_sorting", _numbers, _pose_number_sorting, _listed, exact=True),
     Family("number_filtering", _numbers, _pose_number_filtering, _listed),
-    Family(
-        "spell_backward",
-        lambda d: _between("word_len", d.depth + 2),
-        _pose_spell_backward,
-        lambda response: response.replace(" ", ""),
-        deepest=8,
-        exact=True,
-    ),
-    Family(
-        "word_sequence_reversal",
-        lambda d: _between("words", d.depth + 2),
-        _pose_word_reversal,
-        lambda response: response.replace(" ", ", "),
-    ),
-    Family(
-        "leg_counting",
-        lambda d: {**_between("animals", d.depth + 1), "min_instances": 1, "max_instances": 9},
-        _pose_leg_counting,
-        deepest=36,
-    ),
-    Family("ab", lambda d: {"length": d.depth + 4}, _pose_ab, deepest=60),
+    Family("spell_backward", lambda d: _between("word_len", d.depth + 2), _pose_spell_backward,
+           lambda response: response.replace(" ", ""), deepest=8, exact=True),
+    Family("word_sequence_reversal", lambda d: _between("words", d.depth + 2), _pose_word_reversal,
+           lambda response: response.replace(" ", ", ")),
 ]

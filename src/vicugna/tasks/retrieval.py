@@ -5,8 +5,6 @@ that lead to the answer decide an item's split; the rest of the text is made aft
 accepted, in one pass, so that ten million characters cost seconds.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +12,7 @@ from itertools import accumulate, pairwise
 from random import Random
 
 from vicugna.errors import VicugnaError
-from vicugna.tasks.task import Difficulty, Item, draw, final_line, make_item
+from vicugna.tasks.task import Difficulty, Item, Posed, draw, final_line, make_item
 from vicugna.tasks.words import ADJECTIVES, NOUNS, filler, made_up_names, name_syllables
 
 
@@ -41,23 +39,16 @@ class Retrieval:
     def item(self, seed: int, difficulty: Difficulty) -> Item:
         """The question's length is `difficulty.length` characters to a few percent, or as short as
         its statements allow. metadata: "needle" (statement with the answer), "position" (0..1)."""
-        asked, rng = draw(
-            self.name,
-            seed,
-            difficulty,
-            lambda rng: self.ask(rng, difficulty),
-            lambda asked: " ".join([*asked.statements, asked.question]),
-        )
+        asked, rng = draw(self.name, seed, difficulty, lambda rng: self.ask(rng, difficulty),
+                          lambda asked: " ".join([*asked.statements, asked.question]))
         room = difficulty.length - len(asked.question) - _joined(asked.statements)
         rivals = self.rivals(rng, difficulty, asked, room)
         prose = filler(rng, room - _joined(rivals))
         others = _scatter(rng, prose, rivals + asked.statements[1:])
         text, position = _place(rng, others, asked.statements[0], difficulty.position)
-        metadata = {"needle": asked.statements[0], "position": position}
-        question = f"{text}\n{asked.question}"
-        return make_item(
-            self.name, seed, difficulty, question, asked.answer, asked.reasoning, metadata
-        )
+        posed = Posed(f"{text}\n{asked.question}", asked.answer, asked.reasoning)
+        return make_item(self.name, seed, difficulty, posed,
+                         {"needle": asked.statements[0], "position": position})
 
     def score(self, item: Item, response: str) -> float:
         """1.0 when the last line is the answer; white space and a full stop do not matter."""
@@ -81,9 +72,8 @@ def _scatter(rng: Random, prose: list[str], statements: list[str]) -> list[str]:
     return merged + prose[start:]
 
 
-def _place(
-    rng: Random, others: list[str], needle: str, position: float | None
-) -> tuple[str, float]:
+def _place(rng: Random, others: list[str], needle: str, position: float | None
+           ) -> tuple[str, float]:
     """The text with the needle in it, and where (0..1 of the other text's characters) it stands."""
     wanted = rng.random() if position is None else position
     starts = [0, *accumulate(len(sentence) + 1 for sentence in others)]
@@ -115,10 +105,6 @@ def _ask_code(rng: Random, difficulty: Difficulty) -> Asked:
     return Asked([_code(key, value)], [key], f"What is the code of {key}?", value)
 
 
-def _no_rivals(rng: Random, difficulty: Difficulty, asked: Asked, room: int) -> list[str]:
-    return []
-
-
 def _rival_codes(rng: Random, difficulty: Difficulty, asked: Asked, room: int) -> list[str]:
     """`count` other codes; up to half of them share a word with the key that is asked for."""
     total = len(ADJECTIVES) * len(NOUNS)
@@ -135,34 +121,31 @@ def _rival_codes(rng: Random, difficulty: Difficulty, asked: Asked, room: int) -
 # Variables: "Let kora be 4815. Let mipu be kora."
 
 
-def _fresh(rng: Random, asked: Asked, n: int) -> list[str]:
-    """`n` fresh names for rival chains, as wide as the asked ones and different from them."""
-    syllables = len(asked.names[0]) // 2
-    names = made_up_names(rng, n + len(asked.names), syllables)
-    taken = set(asked.names)
-    return [name for name in names if name not in taken][:n]
+def _rival_chains(rng: Random, asked: Asked, n: int) -> list[list[str]]:
+    """`n` chains of names, as many and as wide as those asked about and different from them."""
+    links, taken = len(asked.names), set(asked.names)
+    names = made_up_names(rng, (n + 1) * links, len(asked.names[0]) // 2)
+    fresh = [name for name in names if name not in taken]
+    return [fresh[i * links : (i + 1) * links] for i in range(n)]
 
 
 def _tracking(names: list[str], value: str) -> list[str]:
-    return [f"Let {a} be {b}." for a, b in zip(names, [value, *names[:-1]], strict=True)]
+    return [f"Let {b} be {a}." for a, b in pairwise([value, *names])]
 
 
 def _ask_variable(rng: Random, difficulty: Difficulty) -> Asked:
     wanted = (difficulty.count + 1) * (difficulty.depth + 1)
     names = made_up_names(rng, difficulty.depth + 1, name_syllables(wanted))
     value = _digits(rng)
-    chain = [*reversed(names), value]
-    steps = "; ".join(f"{a} = {b}" for a, b in pairwise(chain))
+    steps = "; ".join(f"{a} = {b}" for a, b in pairwise([*reversed(names), value]))
     question = f"What is the value of {names[-1]}?"
     return Asked(_tracking(names, value), names, question, value, steps)
 
 
 def _rival_variables(rng: Random, difficulty: Difficulty, asked: Asked, room: int) -> list[str]:
     """`count` other chains of the same depth."""
-    links = difficulty.depth + 1
-    names = _fresh(rng, asked, difficulty.count * links)
-    chains = [names[i : i + links] for i in range(0, len(names), links)]
-    return [statement for chain in chains for statement in _tracking(chain, _digits(rng))]
+    return [statement for names in _rival_chains(rng, asked, difficulty.count)
+            for statement in _tracking(names, _digits(rng))]
 
 
 # Hash hop: "kora = mipu." pairs fill the whole text
@@ -185,16 +168,13 @@ def _ask_hops(rng: Random, difficulty: Difficulty) -> Asked:
 
 def _rival_hops(rng: Random, difficulty: Difficulty, asked: Asked, room: int) -> list[str]:
     """Chains of the same depth that fill the room, and at least `count` of them."""
-    links = difficulty.depth + 1
     n = max(difficulty.count * difficulty.depth, room // (len(asked.statements[0]) + 1))
-    chains = -(-n // difficulty.depth)
-    names = _fresh(rng, asked, chains * links)
-    pairs = [pair for i in range(0, len(names), links) for pair in _pairs(names[i : i + links])]
-    return pairs[:n]
+    chains = _rival_chains(rng, asked, -(-n // difficulty.depth))
+    return [pair for names in chains for pair in _pairs(names)][:n]
 
 
-RETRIEVAL: list[Retrieval] = [
-    Retrieval("retrieval.single", _ask_code, _no_rivals),
+RETRIEVAL = [
+    Retrieval("retrieval.single", _ask_code, lambda rng, difficulty, asked, room: []),
     Retrieval("retrieval.keys", _ask_code, _rival_codes),
     Retrieval("retrieval.variables", _ask_variable, _rival_variables),
     Retrieval("retrieval.hashhop", _ask_hops, _rival_hops),

@@ -6,25 +6,21 @@ item draws candidates from its seed's own random stream until the hash of the ca
 So two splits never share a question, whatever the seeds and the difficulty.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from vicugna.errors import VicugnaError
 
 T = TypeVar("T")
 
 _SEEDS = 1 << 40  # seeds in each split
-SPLITS: dict[str, range] = {
-    split: range(i * _SEEDS, (i + 1) * _SEEDS)
-    for i, split in enumerate(("train", "dev", "test", "heldout"))
-}
+SPLITS = {split: range(i * _SEEDS, (i + 1) * _SEEDS)
+          for i, split in enumerate(("train", "dev", "test", "heldout"))}
 # Eighths of hash space: half of all contents may be trained on, the rest never.
-_OWNER_OF_EIGHTH = ("train", "train", "train", "train", "dev", "test", "test", "heldout")
+_OWNER_OF_EIGHTH = (*["train"] * 4, "dev", "test", "test", "heldout")
 _TRIES = 4000
 
 
@@ -45,13 +41,11 @@ class Difficulty:
     def __post_init__(self) -> None:
         for name, least in (("length", 0), ("depth", 1), ("count", 0)):
             if getattr(self, name) < least:
-                raise VicugnaError(
-                    f"{name} is {getattr(self, name)}", "difficulty", f"Use at least {least}"
-                )
+                raise VicugnaError(f"{name} is {getattr(self, name)}", "difficulty",
+                                   f"Use at least {least}")
         if self.position is not None and not 0.0 <= self.position <= 1.0:
-            raise VicugnaError(
-                f"position is {self.position}", "difficulty", "Use a number from 0 to 1, or none"
-            )
+            raise VicugnaError(f"position is {self.position}", "difficulty",
+                               "Use a number from 0 to 1, or none")
 
 
 @dataclass(frozen=True)
@@ -66,6 +60,14 @@ class Item:
     answer: str
     solution: dict[str, str]
     metadata: dict[str, Any] = field(default_factory=dict)
+
+
+class Posed(NamedTuple):
+    """The words of an item; `reasoning` is the worked steps, "" for none."""
+
+    question: str
+    answer: str
+    reasoning: str
 
 
 class Task(Protocol):
@@ -106,13 +108,8 @@ def owner_of(task: str, content: str) -> str:
     return _OWNER_OF_EIGHTH[digest[0] % 8]
 
 
-def draw(
-    task: str,
-    seed: int,
-    difficulty: Difficulty,
-    propose: Callable[[Random], T | None],
-    content: Callable[[T], str],
-) -> tuple[T, Random]:
+def draw(task: str, seed: int, difficulty: Difficulty, propose: Callable[[Random], T | None],
+         content: Callable[[T], str]) -> tuple[T, Random]:
     """The first proposal whose content belongs to the seed's split, and the random stream after it.
 
     `propose` may return None for a candidate it does not want. Raises VicugnaError when thousands
@@ -124,26 +121,18 @@ def draw(
         candidate = propose(rng)
         if candidate is not None and owner_of(task, content(candidate)) == split:
             return candidate, rng
-    raise VicugnaError(
-        f"no {split} item found in {_TRIES} tries at {difficulty}", task, "Use a greater depth"
-    )
+    raise VicugnaError(f"no {split} item found in {_TRIES} tries at {difficulty}", task,
+                       "Use a greater depth")
 
 
-def make_item(
-    task: str,
-    seed: int,
-    difficulty: Difficulty,
-    question: str,
-    answer: str,
-    reasoning: str = "",
-    metadata: dict[str, Any] | None = None,
-) -> Item:
-    """An item with one user message. `reasoning` is left out of the solution when empty."""
-    solution = {"role": "assistant", "content": answer}
-    if reasoning:
-        solution["reasoning"] = reasoning
-    messages = [{"role": "user", "content": question}]
-    return Item(task, seed, difficulty, messages, answer, solution, metadata or {})
+def make_item(task: str, seed: int, difficulty: Difficulty, posed: Posed,
+              metadata: dict[str, Any]) -> Item:
+    """An item with one user message; the solution has no "reasoning" where there is none."""
+    solution = {"role": "assistant", "content": posed.answer}
+    if posed.reasoning:
+        solution["reasoning"] = posed.reasoning
+    return Item(task, seed, difficulty, [{"role": "user", "content": posed.question}],
+                posed.answer, solution, metadata)
 
 
 def final_line(response: str) -> str:

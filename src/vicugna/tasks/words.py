@@ -1,14 +1,9 @@
 """The word bank: key names, made-up names and plain filler prose for the retrieval tasks."""
 
-from __future__ import annotations
-
 from itertools import accumulate, product
 from random import Random
 
-
-def _words(text: str) -> list[str]:
-    return text.split()
-
+_words = str.split
 
 ADJECTIVES = _words("""
 amber ancient arctic azure bitter blank bold brass brave brick bright broken bronze calm carved
@@ -17,8 +12,7 @@ eager ebony elder empty fancy fierce final flat foggy frozen gentle giant gilded
 gray green hidden hollow humble icy indigo iron ivory jade jolly keen lively lone lost lucky lunar
 marble mellow misty modest narrow noble northern oaken olive opal pale patient pearl plain polar
 proud purple quick quiet rapid rare royal ruby rustic sable scarlet secret silent silver solar
-sturdy swift tawny velvet vivid warm wild
-""")
+sturdy swift tawny velvet vivid warm wild""")
 NOUNS = _words("""
 acorn anchor anvil arrow badger banner barrel basin beacon beetle bison boulder bridge bucket
 buffalo canyon castle cobra comet compass condor copper cricket dagger dolphin dragon drum eagle
@@ -27,39 +21,26 @@ hammer harbor harp hawk helmet heron hornet island jackal jaguar kettle kite lad
 lizard locket magnet mallet maple meadow meteor mirror monkey needle orchid otter owl panther
 parrot pebble pelican pepper pigeon pillar piston planet prism python rabbit raven ribbon rocket
 saddle salmon shield spider spruce temple thistle tiger trumpet tulip tunnel turtle valley violin
-walrus
-""")
-
+walrus""")
 _WHO = _words("""
 baker farmer teacher sailor doctor painter child neighbor singer driver tailor miller student guard
 clerk cook nurse hunter judge pilot poet miner monk writer visitor stranger cousin uncle sister
-brother
-""")
+brother""")
 _MANNER = _words("""
-old young tired happy busy lazy hungry careful tall kind shy cheerful sleepy polite
-""")
+old young tired happy busy lazy hungry careful tall kind shy cheerful sleepy polite""")
 _DID = _words("""
 carried found painted sold cleaned dropped wanted mended bought moved watched lifted forgot
-borrowed washed opened noticed kept measured drew lost packed sketched covered
-""")
+borrowed washed opened noticed kept measured drew lost packed sketched covered""")
 _WHAT = _words("""
 basket table chair letter blanket window wagon ticket coat garden cup bottle picture book door lamp
-rope boat clock shirt box plate pillow fence stove bread cake map bell hat
-""")
+rope boat clock shirt box plate pillow fence stove bread cake map bell hat""")
 _WHERE = """by the river|near the mill|in the evening|after lunch|before the rain|at the market
 |on the hill|behind the barn|in the morning|on a cold day|beside the road|under the tree
 |during the fair|at the station|in the village|along the shore|after the storm|on the porch
-|in the kitchen|near the school|at noon|last week|last winter|in early spring""".replace(
-    "\n", ""
-).split("|")
-_SHORT = [
-    "It rained.",
-    "Dogs bark.",
-    "Birds sang.",
-    "Snow fell.",
-    "The wind blew.",
-    "We went home.",
-]
+|in the kitchen|near the school|at noon|last week|last winter|in early spring
+""".replace("\n", "").split("|")
+_SHORT = ("It rained.", "Dogs bark.", "Birds sang.", "Snow fell.", "The wind blew.",
+          "We went home.")
 
 _SYLLABLES = [c + v for c, v in product("bdfghjklmnprstvz", "aeiou")]
 _PAIRS = [a + b for a, b in product(_SYLLABLES, _SYLLABLES)]
@@ -79,8 +60,7 @@ def filler(rng: Random, characters: int) -> list[str]:
         sentences += [f"The {a} {b} {c} the {d} {e}." for a, b, c, d, e in words]
         total = sum(map(len, sentences)) + len(sentences)
     ends = accumulate(len(sentence) + 1 for sentence in sentences)
-    kept = sum(end <= characters for end in ends)
-    del sentences[kept:]
+    del sentences[sum(end <= characters for end in ends):]
     left = characters - sum(map(len, sentences)) - len(sentences)
     while fitting := [short for short in _SHORT if len(short) + 1 <= left]:
         short = rng.choice(fitting)
@@ -96,9 +76,6 @@ def name_syllables(wanted: int) -> int:
 
 def made_up_names(rng: Random, n: int, syllables: int) -> list[str]:
     """`n` distinct names of 2, 3 or 4 syllables, such as "kora", "mipute"."""
+    ends = {2: [""], 3: _SYLLABLES, 4: _PAIRS}[syllables]
     numbers = rng.sample(range(80**syllables), n)
-    if syllables == 2:
-        return [_PAIRS[i] for i in numbers]
-    if syllables == 3:
-        return [_PAIRS[i // 80] + _SYLLABLES[i % 80] for i in numbers]
-    return [_PAIRS[i // 6400] + _PAIRS[i % 6400] for i in numbers]
+    return [_PAIRS[i // len(ends)] + ends[i % len(ends)] for i in numbers]

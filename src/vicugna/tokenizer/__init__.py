@@ -1,7 +1,7 @@
 """Byte-level BPE tokenizers and chat templates."""
 
-from vicugna.tokenizer.bpe import MINIMUM_VOCABULARY, StreamDecoder, Tokenizer, train
-from vicugna.tokenizer.chat import TEMPLATE, check_messages
+from vicugna.tokenizer.bpe import MINIMUM_VOCABULARY, StreamDecoder, Tokenizer, train, valid_unicode
+from vicugna.tokenizer.chat import check_messages
 
-__all__ = ["MINIMUM_VOCABULARY", "TEMPLATE", "StreamDecoder", "Tokenizer", "check_messages",
-           "train"]
+__all__ = ["MINIMUM_VOCABULARY", "StreamDecoder", "Tokenizer", "check_messages", "train",
+           "valid_unicode"]

@@ -1,7 +1,5 @@
 """Chat templates are programs from strangers: run them without letting them reach out or run on."""
 
-from __future__ import annotations
-
 import json
 import threading
 import time
@@ -12,6 +10,7 @@ from typing import Any
 import jinja2
 from jinja2 import nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.visitor import NodeTransformer
 
 from vicugna.errors import VicugnaError
 
@@ -40,7 +39,6 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.deadline, self.loops_left, self.max_size = 0.0, 0, MAX_SIZE
 
     def tick(self) -> None:
-        """Called at the start of each pass of each loop and each macro."""
         self.loops_left -= 1
         if self.loops_left < 0 or time.monotonic() > self.deadline:
             raise SecurityError("it runs for too long")
@@ -90,45 +88,39 @@ def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None,
                       sort_keys=sort_keys)
 
 
-def _guard(tree: nodes.Template, environment: _Environment) -> nodes.Template:
-    """Put a tick into every loop and macro, and make `~` a sum, which is limited."""
-    for block in tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
+class _Guard(NodeTransformer):
+    """Puts a tick into every loop and macro, and makes `~` a sum, which is limited."""
+
+    def visit_For(self, node: nodes.For | nodes.Macro | nodes.CallBlock) -> nodes.Node:
         tick = nodes.Call(nodes.EnvironmentAttribute("tick"), [], [], None, None)
-        block.body.insert(0, nodes.ExprStmt(tick))  # type: ignore[attr-defined]
-    for constant in tree.find_all(nodes.Const):
-        environment.bounded(constant.value)
-    for parent in list(tree.find_all(nodes.Node)):
-        for name, value in list(parent.iter_fields()):
-            if isinstance(value, nodes.Concat):
-                setattr(parent, name, _as_sum(value))
-            elif isinstance(value, list):
-                value[:] = [_as_sum(x) if isinstance(x, nodes.Concat) else x for x in value]
-    tree.set_environment(environment)
-    tree.set_lineno(1)
-    return tree
+        node.body.insert(0, nodes.ExprStmt(tick))
+        return self.generic_visit(node)
 
+    visit_Macro = visit_CallBlock = visit_For
 
-def _as_sum(concat: nodes.Concat) -> nodes.Expr:
-    total: nodes.Expr = nodes.Const("")
-    for part in concat.nodes:
-        total = nodes.Add(total, nodes.Filter(part, "string", [], [], None, None))
-    return total
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        total: nodes.Expr = nodes.Const("")
+        for part in node.nodes:
+            total = nodes.Add(total, nodes.Filter(part, "string", [], [], None, None))
+        return self.generic_visit(total)
 
 
 class Template:
     """A compiled chat template. `render` may be called from several threads."""
 
     def __init__(self, source: str) -> None:
-        self.source = source
-        self._environment, self._lock = _Environment(), threading.Lock()
-        self._compiled: jinja2.Template = self._safely(lambda: self._environment.from_string(
-            _guard(self._environment.parse(source), self._environment)))
+        self.source, self._environment, self._lock = source, _Environment(), threading.Lock()
+        self._compiled: jinja2.Template = self._safely(self._compile)
+
+    def _compile(self) -> jinja2.Template:
+        tree = _Guard().visit(self._environment.parse(self.source))
+        for constant in tree.find_all(nodes.Const):
+            self._environment.bounded(constant.value)
+        return self._environment.from_string(tree.set_environment(self._environment).set_lineno(1))
 
     def render(self, size: int, **variables: Any) -> str:
-        """The template's text for these variables, whose strings hold `size` characters.
-
-        Raises VicugnaError for any failure, including a template that runs for too long.
-        """
+        """The text for these variables, whose strings hold `size` characters in all. Raises
+        VicugnaError for any failure, a template that runs for too long included."""
         with self._lock:
             self._environment.deadline = time.monotonic() + MAX_SECONDS
             self._environment.loops_left = MAX_LOOPS
@@ -141,5 +133,5 @@ class Template:
         except Exception as error:  # whatever a stranger's program may raise
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
             raise VicugnaError(f"the chat template refused or failed: {reason}",
-                               "chat_template.jinja",
-                               "Correct the messages or the template") from error
+                               "chat_template.jinja", "Correct the messages or the template"
+                               ) from error

@@ -1,11 +1,11 @@
 """What training costs: FLOPs, memory, and the rate this machine can reach."""
 
-from __future__ import annotations
-
-import os
+import ctypes
 import resource
 import sys
-import time
+import timeit
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,17 +15,13 @@ from vicugna.errors import VicugnaError
 
 
 def flops_per_token(network: nn.Module, length: int) -> float:
-    """Floating-point operations of one trained token, forward and backward.
-
-    6 per parameter in a matrix product (embedding look-ups cost none; of a mixture only the
-    chosen experts count) and 12 per feature of queries and visible keys (Kaplan et al.,
-    arXiv 2001.08361; Chowdhery et al., arXiv 2204.02311), half of `length` being visible.
-    """
+    """Floating-point operations of one trained token, forward and backward: 6 per parameter in a
+    matrix product (of a mixture only the chosen experts count) and 12 per feature of queries and
+    visible keys, half of `length` being visible (arXiv 2001.08361, 2204.02311)."""
     config: Any = network.config
     matrices = sum(p.numel() for name, p in network.named_parameters()
                    if p.ndim >= 2 and "embed_tokens" not in name and "lm_head" not in name)
-    experts = getattr(config, "num_experts", 0)
-    if experts:
+    if experts := getattr(config, "num_experts", 0):
         inside = sum(p.numel() for name, p in network.named_parameters()
                      if name.endswith(("gate_up_proj", "mlp.down_proj")))
         matrices -= inside * (1 - config.num_experts_per_tok / experts)
@@ -39,14 +35,9 @@ def flops_per_token(network: nn.Module, length: int) -> float:
 
 def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
     """FLOPs per second of a large matrix product here, the limit that utilisation is a share of."""
-    a = torch.randn(1024, 2048, device=device).to(dtype)
-    b = torch.randn(2048, 2048, device=device).to(dtype)
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        (a @ b).sum().item()
-        best = min(best, time.perf_counter() - start)
-    return 2.0 * 1024 * 2048 * 2048 / best
+    a, b = (torch.randn(rows, 2048, device=device).to(dtype) for rows in (1024, 2048))
+    seconds = timeit.repeat(lambda: (a @ b).sum().item(), number=1, repeat=5)
+    return 2.0 * 1024 * 2048 * 2048 / min(seconds)
 
 
 def peak_memory() -> int:
@@ -55,30 +46,28 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def return_memory() -> None:
+    """Give memory that was freed back to the system, where the C library can (glibc). Tensors of
+    ever-changing sizes otherwise leave holes that grow to several times what is in use."""
+    with suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def available_memory() -> int:
     """Bytes this process can still use, by the kernel's estimate and the container's limit."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            free = next(int(line.split()[1]) * 1024 for line in file
-                        if line.startswith("MemAvailable"))
-        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as file:
-            limit = file.read().strip()
-        with open("/sys/fs/cgroup/memory.current", encoding="ascii") as file:
-            used = int(file.read())
-        if limit != "max":
-            free = min(free, int(limit) - used)
-    except (OSError, StopIteration, ValueError):
-        pass
+    free = sys.maxsize
+    with suppress(OSError, StopIteration, ValueError):  # not Linux, or no limit ("max")
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable"))
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text())
+                       for name in ("max", "current"))
+        free = min(free, limit - used)
     return free
 
 
 def training_memory(network: nn.Module, rows: int, length: int, element: int) -> int:
-    """Estimated bytes of one step: float32 weights, gradients and two moments, plus activations.
-
-    Per token and layer about 16 widths and 4 feed-forward widths are kept for the backward pass,
-    `element` bytes each, and per global layer the scores are recomputed, not kept.
-    """
+    """Estimated bytes of one step: float32 weights, gradients and two moments; and activations:
+    per token and layer about 16 widths and 4 feed-forward widths of `element` bytes each."""
     config: Any = network.config
     parameters = sum(p.numel() for p in network.parameters())
     kept = config.num_hidden_layers * (16 * config.hidden_size + 4 * config.intermediate_size)
@@ -96,23 +85,18 @@ def check_size(config: dict[str, Any]) -> None:
     if parameters * 16 > free:
         raise VicugnaError(
             f"a network of {parameters / 1e6:,.0f} million parameters needs about "
-            f"{parameters * 16 / 2**30:,.1f} GiB to train and {free / 2**30:.1f} GiB are free, "
+            f"{parameters / 2**26:,.1f} GiB to train and {free / 2**30:.1f} GiB are free, "
             f"enough for {free / 16e6:,.0f} million", "model", "Lower model.depth or model.width")
 
 
 def check_memory(network: nn.Module, rows: int, length: int, element: int, where: str) -> None:
     """Raise VicugnaError, saying what would fit, when a step would not fit in memory."""
     free = available_memory()
-    needed = training_memory(network, rows, length, element)
-    if needed <= free:
-        return
-    fits = rows
-    while fits > 1 and training_memory(network, fits, length, element) > free:
-        fits //= 2
-    if training_memory(network, fits, length, element) > free:
-        fix = "Even one row does not fit: lower model.depth or sequence_length"
-    else:
-        fix = f"Set {where}.micro_rows to {fits}, which fits"
-    raise VicugnaError(
-        f"a step of {rows} rows of {length} tokens needs about {needed / 2**30:.1f} GiB and "
-        f"{free / 2**30:.1f} GiB are free", where, fix)
+    none, one, needed = (training_memory(network, n, length, element) for n in (0, 1, rows))
+    fits = (free - none) // (one - none)
+    if fits < rows:
+        raise VicugnaError(
+            f"a step of {rows} rows of {length} tokens needs about {needed / 2**30:.1f} GiB and "
+            f"{free / 2**30:.1f} GiB are free", where,
+            f"Set {where}.micro_rows to {fits}, which fits" if fits > 0 else
+            "Even one row does not fit: lower model.depth or sequence_length")

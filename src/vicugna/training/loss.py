@@ -1,10 +1,5 @@
-"""Weighted next-token loss, computed without ever holding all the logits.
-
-Training on text, on chats and by policy gradient differ only in the weights: 1 for a token to
-learn, its advantage for a sampled token, 0 for a token that is only read.
-"""
-
-from __future__ import annotations
+"""Weighted next-token loss, computed without ever holding all the logits. A token to learn weighs
+1, a sampled one its advantage, one that is only read 0."""
 
 from typing import Any
 
@@ -18,11 +13,8 @@ SLICE = 1 << 21  # logits turned to float32 at once: few enough to stay in the p
 
 
 class _WeightedNLL(torch.autograd.Function):
-    """sum_n w_n * -log p(target_n), with both gradients made in the forward pass, by chunks.
-
-    The idea of fused linear cross-entropy (Liger kernel, arXiv 2410.10989): logits [N, V] are the
-    largest tensor of a small model's step, and are needed only once.
-    """
+    """sum_n w_n * -log p(target_n), with both gradients made in the forward pass, by chunks: the
+    logits [N, V] are needed only once (as in the Liger kernel, arXiv 2410.10989)."""
 
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, head_VD: Tensor, target_N: Tensor, weight_N: Tensor,
@@ -30,26 +22,21 @@ class _WeightedNLL(torch.autograd.Function):
         head, x = head_VD.to(dtype), x_ND.to(dtype)
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         grad_x = torch.empty_like(x)
-        grad_head: Tensor | None = None
+        grad_head = torch.zeros(head.shape, dtype=torch.float32, device=x.device)
         for start in range(0, x.shape[0], CHUNK):  # no rows at all are fine
             part = slice(start, start + CHUNK)
             logits_NV = x[part] @ head.T
             total += _to_gradient(logits_NV, target_N[part, None], weight_N[part, None].float())
             grad_x[part] = logits_NV @ head
-            grad = logits_NV.T @ x[part]
-            grad_head = grad.float() if grad_head is None else grad_head.add_(grad)
-        if grad_head is None:
-            grad_head = torch.zeros(head.shape, dtype=torch.float32, device=x.device)
+            grad_head += logits_NV.T @ x[part]
         ctx.save_for_backward(grad_x, grad_head)
         ctx.dtypes = x_ND.dtype, head_VD.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None, None, None]:
-        grad_x, grad_head = ctx.saved_tensors
-        scale = grads[0]
-        return ((grad_x * scale).to(ctx.dtypes[0]), (grad_head * scale).to(ctx.dtypes[1]),
-                None, None, None)
+        grad_x, grad_head = (grad * grads[0] for grad in ctx.saved_tensors)
+        return grad_x.to(ctx.dtypes[0]), grad_head.to(ctx.dtypes[1]), None, None, None
 
 
 def _to_gradient(logits_NV: Tensor, target_N1: Tensor, weight_N1: Tensor) -> Tensor:
@@ -70,16 +57,15 @@ class Objective(nn.Module):
 
     def __init__(self, network: nn.Module, precision: str) -> None:
         super().__init__()
-        self.network = network
+        self.network: Any = network
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
 
     def forward(self, tokens_BT: Tensor, positions_BT: Tensor, targets_BT: Tensor,
                 weights_BT: Tensor) -> Tensor:
         """Sum over tokens of weight * -log p(target), a float32 scalar."""
-        with torch.autocast(tokens_BT.device.type, self.dtype,
-                            enabled=self.dtype != torch.float32):
+        bf16 = self.dtype != torch.float32
+        with torch.autocast(tokens_BT.device.type, self.dtype, enabled=bf16):
             hidden_BTD = self.network(tokens_BT, positions_BT, Dense(positions_BT))
         learned = weights_BT != 0
-        head: Any = self.network.lm_head
-        return _WeightedNLL.apply(hidden_BTD[learned], head.weight, targets_BT[learned],
-                                  weights_BT[learned], self.dtype)
+        return _WeightedNLL.apply(hidden_BTD[learned], self.network.lm_head.weight,
+                                  targets_BT[learned], weights_BT[learned], self.dtype)

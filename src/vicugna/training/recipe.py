@@ -1,33 +1,27 @@
 """Recipes: a model's whole life as YAML, checked before anything runs."""
 
-from __future__ import annotations
-
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from vicugna import models
 from vicugna.data import SourceSpec
 from vicugna.errors import VicugnaError
-from vicugna.files import digest_of, storage_error
+from vicugna.files import digest_of, read_text
 
-CORPUS = "corpus"  # in a stage's sources: the recipe's data.sources
 STAGES = ("tokenizer", "pretrain", "sft", "rl", "eval", "release")
 
 
-class Strict(BaseModel):
+class Strict(BaseModel, extra="forbid", frozen=True):
     """Unknown keys are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class ModelSpec(Strict):
     """The network. `depth` is the one dial: what is left out follows from it."""
-
     architecture: Literal["vicugna", "llama"] = "vicugna"
     depth: int = Field(4, ge=1)
     width: int | None = Field(None, ge=2)  # 64 * depth
@@ -48,16 +42,15 @@ class ModelSpec(Strict):
         if width % heads:
             raise VicugnaError(f"width {width} is not divisible by heads {heads}", "model",
                                "Choose a width that is a multiple of the heads")
-        values: dict[str, Any] = {
+        own = {"sliding_window": self.window, "num_experts": self.experts,
+               "num_experts_per_tok": self.experts_per_token}
+        return {
             "model_type": self.architecture, "vocab_size": vocab_size, "hidden_size": width,
             "intermediate_size": self.feed_forward or (8 * width // 3 + 63) // 64 * 64,
             "num_hidden_layers": self.depth, "num_attention_heads": heads,
             "num_key_value_heads": self.kv_heads or heads, "head_dim": width // heads,
-            "max_position_embeddings": self.context, "tie_word_embeddings": self.tied}
-        if self.architecture == "vicugna":
-            values |= {"sliding_window": self.window, "num_experts": self.experts,
-                       "num_experts_per_tok": self.experts_per_token}
-        return values
+            "max_position_embeddings": self.context, "tie_word_embeddings": self.tied,
+            **(own if self.architecture == "vicugna" else {})}
 
 
 class TokenizerSpec(Strict):
@@ -81,7 +74,6 @@ class OptimiserSpec(Strict):
 
 class StageSpec(Strict):
     """What every training stage has."""
-
     steps: int = Field(ge=1)
     precision: Literal["bf16", "fp32"] = "bf16"
     parallel: Literal["ddp", "fsdp"] = "ddp"  # under torchrun
@@ -92,7 +84,6 @@ class StageSpec(Strict):
 
 class TrainSpec(StageSpec):
     """Learning from data: pretraining and supervised fine-tuning."""
-
     rows: int = Field(16, ge=1)  # sequences in one step, over all ranks
     sequence_length: int = Field(512, ge=8)
     sources: tuple[SourceSpec, ...] = Field(min_length=1)
@@ -102,7 +93,6 @@ class TrainSpec(StageSpec):
 
 class RlSpec(StageSpec):
     """Learning from verifiable rewards: GRPO without length or standard-deviation bias."""
-
     prompts: int = Field(32, ge=1)  # different prompts in one step, over all ranks
     group: int = Field(8, ge=2)  # answers sampled for each
     tasks: tuple[SourceSpec, ...] = Field(min_length=1)
@@ -127,13 +117,11 @@ class ReleaseSpec(Strict):
 
 class DataSpec(Strict):
     """The corpus: what the tokenizer learns from first, and what `corpus` means in a stage."""
-
     sources: tuple[SourceSpec, ...] = Field(min_length=1)
 
 
 class Recipe(Strict):
     """A whole life. A stage that is null is left out."""
-
     name: str = "run"
     seed: int = Field(0, ge=0)
     threads: int | None = Field(None, ge=1)
@@ -147,19 +135,16 @@ class Recipe(Strict):
     release: ReleaseSpec | None = None
 
     @model_validator(mode="after")
-    def _corpus_expanded(self) -> Recipe:
+    def _corpus_expanded(self) -> "Recipe":
         """Put `data.sources`, by their weights, in the place of each stage's source `corpus`."""
         total = sum(source.weight for source in self.data.sources)
-        for name in ("pretrain", "sft"):
-            spec: TrainSpec | None = getattr(self, name)
-            if spec is None:
-                continue
+        for spec in filter(None, (self.pretrain, self.sft)):
             sources: list[SourceSpec] = []
             for source in spec.sources:
-                share = source.weight / total
-                sources += [s.model_copy(update={"weight": s.weight * share})
-                            for s in self.data.sources] if source.source == CORPUS else [source]
-            object.__setattr__(self, name, spec.model_copy(update={"sources": tuple(sources)}))
+                sources += [source] if source.source != "corpus" else [
+                    one.model_copy(update={"weight": one.weight * (source.weight / total)})
+                    for one in self.data.sources]
+            object.__setattr__(spec, "sources", tuple(sources))
         return self
 
     @property
@@ -169,43 +154,31 @@ class Recipe(Strict):
 
 
 def read(path: str | Path, settings: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and apply dotted overrides such as `pretrain.steps=500`.
-
-    Raises VicugnaError naming the key for anything unknown, mistyped or impossible.
-    """
+    """Read a recipe and apply dotted overrides such as `pretrain.steps=500`. Raises VicugnaError
+    naming the key for anything unknown, mistyped or impossible."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise storage_error(error, path) from error
-    except UnicodeDecodeError as error:
-        raise VicugnaError("not UTF-8 text", str(path), "A recipe is a YAML file") from error
+        values = yaml.safe_load(read_text(path))
     except yaml.YAMLError as error:
-        problem = " ".join(str(error).split())
-        raise VicugnaError(f"not valid YAML: {problem}", str(path), "Correct the file") from error
+        raise VicugnaError(f"not valid YAML: {error}", str(path), "Correct the file") from error
     if not isinstance(values, dict):
         raise VicugnaError("not a recipe: the file holds no keys", str(path), "See recipes/")
     for setting in settings:
         _override(values, setting)
-    recipe = parse(values, str(path))
-    config = recipe.model.config(recipe.tokenizer.vocab_size)
     try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        if first["type"] == "extra_forbidden":
+            raise VicugnaError(f"unknown key {key!r}", str(path), _nearest(first["loc"])) from None
+        raise VicugnaError(f"{key}: {first['msg'].removeprefix('Value error, ')}", str(path),
+                           "Correct the recipe") from None
+    try:
+        config = recipe.model.config(recipe.tokenizer.vocab_size)
         models.architecture(recipe.model.architecture).Config.from_dict(config)
     except VicugnaError as error:
         raise VicugnaError(error.what, f"{path}, model", error.fix) from error
     return recipe
-
-
-def parse(values: Mapping[str, Any], where: str) -> Recipe:
-    """Check a recipe's mapping. Raises VicugnaError for the first thing wrong."""
-    try:
-        return Recipe.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            raise VicugnaError(f"unknown key {key!r}", where, _nearest(first["loc"])) from None
-        message = first["msg"].removeprefix("Value error, ")
-        raise VicugnaError(f"{key}: {message}", where, "Correct the recipe") from None
 
 
 def _override(values: dict[str, Any], setting: str) -> None:
@@ -214,29 +187,26 @@ def _override(values: dict[str, Any], setting: str) -> None:
     if not equals or not key:
         raise VicugnaError(f"not of the form key=value: {setting!r}", "--set",
                            "Write for example --set pretrain.steps=500")
+    *parents, last = key.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise VicugnaError(f"{parent} in {key} has no keys below it", "--set",
+                               "Check the key against the recipe")
     try:
-        value = yaml.safe_load(text)
+        values[last] = yaml.safe_load(text)
     except yaml.YAMLError:
         raise VicugnaError(f"the value of {key} is not valid YAML: {text!r}", "--set",
                            "Quote it") from None
-    *parents, last = key.split(".")
-    for parent in parents:
-        inner = values.setdefault(parent, {})
-        if not isinstance(inner, dict):
-            raise VicugnaError(f"{parent} in {key} has no keys below it", "--set",
-                               "Check the key against the recipe")
-        values = inner
-    values[last] = value
 
 
 def _nearest(location: Sequence[str | int]) -> str:
     """Which keys the place in the recipe has, the nearest to the wrong one first."""
     kind: Any = Recipe
     for part in location[:-1]:
-        if isinstance(part, str) and part in getattr(kind, "model_fields", {}):
+        if part in kind.model_fields:  # and not a number in a list
             kind = kind.model_fields[part].annotation
-            options = [kind, *getattr(kind, "__args__", ())]
-            kind = next((k for k in options if hasattr(k, "model_fields")), kind)
-    names = list(getattr(kind, "model_fields", {}))
+            kind = next(k for k in (kind, *get_args(kind)) if hasattr(k, "model_fields"))
+    names = list(kind.model_fields)
     near = difflib.get_close_matches(str(location[-1]), names, 1)
     return f"Did you mean {near[0]!r}?" if near else f"Known keys: {', '.join(names)}"

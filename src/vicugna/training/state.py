@@ -1,14 +1,15 @@
 """Training state on disk: weights, optimisers and step, as a PyTorch DCP folder."""
 
-from __future__ import annotations
-
+import errno
+import shutil
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -23,54 +24,47 @@ BEGINNING = {"step": 0, "skipped": 0, "bad": 0, "tokens": 0, "seconds": 0.0, "fl
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # alone by choice
 
 
-def save(folder: Path, module: nn.Module, optimisers: Sequence[torch.optim.Optimizer],
+def save(folder: Path, module: nn.Module, optimisers: list[torch.optim.Optimizer],
          progress: dict[str, Any], ranks: Ranks) -> None:
-    """Replace `folder`/state atomically by the state after `progress["step"]` steps.
-
-    With several ranks every one writes its shard to a folder that all of them see.
-    """
-    weights, optimiser = get_state_dict(module, list(optimisers))
+    """Replace `folder`/state, which all ranks see, atomically by the state after
+    `progress["step"]` steps."""
+    weights, optimiser = get_state_dict(module, optimisers)
     state = {"weights": weights, "optimiser": optimiser, "progress": progress}
-    if ranks.world == 1:
-        with replacing_folder(folder / STATE) as temporary, _explained(folder / STATE):
-            dcp.save(state, checkpoint_id=temporary, no_dist=True)
-        return
-    shared = folder / f".{STATE}.shards.tmp"
-    with _explained(folder / STATE):
-        dcp.save(state, checkpoint_id=shared)
-    if ranks.first:
-        with replacing_folder(folder / STATE) as temporary:
-            for file in shared.iterdir():
-                file.rename(temporary / file.name)
-        shared.rmdir()
+    with replacing_folder(folder / STATE) if ranks.first else nullcontext() as temporary:
+        place = [temporary]  # for all ranks, each of which writes its shard
+        if ranks.world > 1:
+            dist.broadcast_object_list(place)
+        with _explained(folder / STATE):
+            dcp.save(state, checkpoint_id=place[0], no_dist=ranks.world == 1)
     ranks.wait()
 
 
-def load(folder: Path, module: nn.Module, optimisers: Sequence[torch.optim.Optimizer],
-         ranks: Ranks) -> dict[str, Any] | None:
-    """Restore what `save` wrote and return its `progress`; None when there is no state yet."""
+def load(folder: Path, module: nn.Module, optimisers: list[torch.optim.Optimizer],
+         ranks: Ranks) -> dict[str, Any]:
+    """Restore what `save` wrote and return its `progress`; BEGINNING when nothing is there yet."""
     if ranks.first:
         sweep_temporaries(folder)
     ranks.wait()
     if not (folder / STATE).exists():
-        return None
-    weights, optimiser = get_state_dict(module, list(optimisers))
-    state: dict[str, Any] = {"weights": weights, "optimiser": optimiser,
-                             "progress": dict(BEGINNING)}
+        return BEGINNING
+    weights, optimiser = get_state_dict(module, optimisers)
+    state: dict[str, Any] = {"weights": weights, "optimiser": optimiser, "progress": {**BEGINNING}}
     with _explained(folder / STATE):
         dcp.load(state, checkpoint_id=folder / STATE, no_dist=ranks.world == 1)
-    set_state_dict(module, list(optimisers), model_state_dict=state["weights"],
+    set_state_dict(module, optimisers, model_state_dict=state["weights"],
                    optim_state_dict=state["optimiser"])
     return state["progress"]
 
 
 @contextmanager
 def _explained(folder: Path) -> Iterator[None]:
-    """DCP wraps whatever happens, Ctrl-C too, in its own BaseException: raise what it was."""
+    """DCP wraps whatever happens, Ctrl-C too, in its own BaseException; raise what it was."""
     try:
         yield
     except CheckpointException as error:
         cause, _ = next(iter(error.failures.values()))
+        if isinstance(cause, RuntimeError) and shutil.disk_usage(folder.parent).free < 1 << 26:
+            cause = OSError(errno.ENOSPC, str(cause))  # what PyTorch's own writer says of it
         if isinstance(cause, OSError):
             raise storage_error(cause, folder) from error
         if isinstance(cause, Exception):  # of many kinds for a damaged folder

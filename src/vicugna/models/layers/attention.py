@@ -4,15 +4,12 @@ A network never holds keys or values itself: it is given `attend`, and calls it 
 Training passes `Dense` from this file; the engine passes one over its cache.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
 
 BLOCK = 128  # queries met at once on CPU
 LONGEST_BLOCKED = 2048  # tokens; beyond, memory matters more than the speed of blocks
@@ -34,11 +31,9 @@ class Attend(Protocol):
 
         H is a multiple of G; scores are scaled by 1/sqrt(K) here and by nothing else.
         """
-        ...
 
     def before(self, layer: int, x_BTD: Tensor, n: int) -> Tensor:
         """The n rows of `x` that `layer` saw just before these: [B, n, D], zeros at the start."""
-        ...
 
 
 class Dense:
@@ -51,8 +46,8 @@ class Dense:
     def __init__(self, positions_BT: Tensor | None = None) -> None:
         self.first_BT: Tensor | None = None  # index of the first token of each token's document
         if positions_BT is not None:
-            index_T = torch.arange(positions_BT.shape[1], device=positions_BT.device)
-            first_BT = index_T - positions_BT
+            T = positions_BT.shape[1]
+            first_BT = torch.arange(T, device=positions_BT.device) - positions_BT
             if bool(first_BT.any()):
                 self.first_BT = first_BT
         self._masks: dict[tuple[str, int | None, torch.dtype], Tensor] = {}
@@ -66,30 +61,26 @@ class Dense:
         T, window = q.shape[2], span.window
         if window is not None and 2 * window < T:
             return self._banded(q, k, v, window).transpose(1, 2)
-        if window is not None and window >= T:
-            window = None
+        window = None if window is None or window >= T else window
         if window is None and q.device.type == "cpu" and T <= LONGEST_BLOCKED:
             return self._blocked(q, k, v).transpose(1, 2)
-        grouped = q.shape[1] != k.shape[1]
-        if window is None and self.first_BT is None:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-        else:
-            out = F.scaled_dot_product_attention(q, k, v, self._mask(T, window, q),
-                                                 enable_gqa=grouped)
-        return out.transpose(1, 2)
+        causal = window is None and self.first_BT is None
+        return F.scaled_dot_product_attention(
+            q, k, v, None if causal else self._mask(T, window, q), is_causal=causal,
+            enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
 
     def _mask(self, T: int, window: int | None, like: Tensor) -> Tensor:
         """Additive mask [B or 1, 1, T, S]: 0 where a key is visible, -inf elsewhere."""
         key = ("full", window, like.dtype)
         if key not in self._masks:
-            query_T1 = torch.arange(T, device=like.device)[:, None]
             key_S = torch.arange(T, device=like.device)
+            query_T1 = key_S[:, None]
             visible = (key_S <= query_T1)[None]
             if window is not None:
                 visible = visible & (key_S > query_T1 - window)
             if self.first_BT is not None:
                 visible = visible & (key_S >= self.first_BT[:, :, None])
-            self._masks[key] = _additive(visible, like.dtype)[:, None]
+            self._masks[key] = additive(visible, like.dtype)[:, None]
         return self._masks[key]
 
     def _blocked(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor) -> Tensor:
@@ -104,8 +95,8 @@ class Dense:
         after = torch.full((C, C), float("-inf"), dtype=q.dtype).triu(1)
         out = []
         for start in range(0, T, C):
-            end = min(T, start + C)
-            n = end - start
+            n = min(C, T - start)
+            end = start + n
             rows = q[:, :, :, start:end].reshape(B, G, H // G * n, K)
             scores = (rows @ k_BGTK[:, :, :end].transpose(-1, -2)).view(B, G, H // G, n, end)
             if self.first_BT is None:
@@ -128,8 +119,7 @@ class Dense:
         k, v = (F.pad(x, (0, 0, W, spare)).reshape(B, G, 1, n + 1, W, K) for x in (k_BGTK, v_BGTK))
         k, v = (torch.cat([x[:, :, :, :-1], x[:, :, :, 1:]], dim=4) for x in (k, v))
         scores = (q * K**-0.5) @ k.transpose(-1, -2) + self._band_mask(T, W, q)
-        out = scores.softmax(-1) @ v
-        return out.reshape(B, H, n * W, K)[:, :, :T]
+        return (scores.softmax(-1) @ v).reshape(B, H, n * W, K)[:, :, :T]
 
     def _band_mask(self, T: int, W: int, like: Tensor) -> Tensor:
         """Additive mask [B or 1, 1, 1, n, W, 2W] of `_banded`."""
@@ -142,10 +132,11 @@ class Dense:
             if self.first_BT is not None:
                 first = F.pad(self.first_BT, (0, n * W - T)).reshape(-1, n, W, 1)
                 visible = visible & (keys >= first)
-            self._masks[key] = _additive(visible, like.dtype)[:, None, None]
+            self._masks[key] = additive(visible, like.dtype)[:, None, None]
         return self._masks[key]
 
 
-def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where `visible`, -inf elsewhere."""
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(
         ~visible, float("-inf"))

@@ -1,7 +1,5 @@
 """A short causal depthwise convolution that never crosses a document's border."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -41,8 +39,8 @@ class _CausalConv(torch.autograd.Function):
             wrong = g_BTD[b, t]
             grad_history[:, rows].addcmul_(g_BTD, w[i])
             grad_history[b, t + (n - i)] -= wrong * w[i]
-            grad_w[i] = _column_sums(g_BTD, history_BSD[:, rows])
-            grad_w[i] -= (wrong * history_BSD[b, t + (n - i)]).float().sum(0)
+            grad_w[i] = (_column_sums(g_BTD, history_BSD[:, rows])
+                         - (wrong * history_BSD[b, t + (n - i)]).float().sum(0))
         return grad_history, grad_w.to(ctx.dtype), None
 
 

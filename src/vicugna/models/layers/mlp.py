@@ -1,7 +1,5 @@
 """The gated feed-forward layer of Llama: SwiGLU (Shazeer, arXiv 2002.05202)."""
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 

@@ -4,8 +4,6 @@ Routing and the balancing bias follow DeepSeek V3 (arXiv 2412.19437, section 2.1
 decides who is chosen, never how much a chosen expert counts.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,7 +16,6 @@ class MoE(nn.Module):
     """
 
     expert_bias: Tensor
-    tokens_per_expert: Tensor
 
     def __init__(self, hidden_size: int, intermediate_size: int, experts: int, top_k: int) -> None:
         super().__init__()
@@ -27,7 +24,7 @@ class MoE(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * intermediate_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden_size, intermediate_size))
         self.register_buffer("expert_bias", torch.zeros(experts))
-        self.tokens_per_expert = torch.zeros(experts)
+        self.tokens_per_expert = torch.zeros(experts, device="cpu")  # even when built on meta
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])

@@ -1,7 +1,5 @@
 """Root-mean-square normalisation (Zhang and Sennrich, arXiv 1910.07467)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,8 +1,6 @@
 """Rotary position embedding (Su et al., arXiv 2104.09864) in the half-split form of Llama's
 Hugging Face weights: feature i is paired with feature i + K/2."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -21,10 +19,10 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: Mapping[str, Any] 
     Raises VicugnaError for a kind it does not know or a missing key.
     """
     inverse = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    kind = rope_type(scaling)
+    scaling = scaling or {}
+    kind = str(scaling.get("rope_type") or scaling.get("type") or "default")  # old files: type
     if kind == "default":
         return inverse
-    assert scaling is not None
     try:
         factor = float(scaling["factor"])
         if kind == "linear":
@@ -40,13 +38,6 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: Mapping[str, Any] 
                            "Restore the key from the original checkpoint") from None
     raise VicugnaError(f"unknown rope_scaling type {kind!r}", "config.json",
                        "Known types: default, linear, llama3")
-
-
-def rope_type(scaling: Mapping[str, Any] | None) -> str:
-    """The kind named by a `rope_scaling` mapping (`rope_type`, or `type` in older files)."""
-    if not scaling:
-        return "default"
-    return str(scaling.get("rope_type") or scaling.get("type") or "default")
 
 
 def rotation(positions_BT: Tensor, inverse: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,50 @@
+"""What every architecture shares: embeddings, a stack of layers, a last norm and the head."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vicugna.models.layers import rope
+from vicugna.models.layers.attention import Attend
+from vicugna.models.layers.norm import RMSNorm
+
+
+class Decoder(nn.Module):
+    """Embeddings and layers, each called as `layer(x_BTD, positions_BT, rotation, attend)`."""
+
+    def __init__(self, config: Any, layer: type[nn.Module]) -> None:
+        super().__init__()
+        self.config = config
+        # `models.initialise` draws the values: here they would only take time.
+        self.embed_tokens = nn.Embedding.from_pretrained(
+            torch.empty(config.vocab_size, config.hidden_size), freeze=False)
+        self.layers = nn.ModuleList(layer(config, n) for n in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, tokens_BT: Tensor, positions_BT: Tensor, attend: Attend) -> Tensor:
+        c, x_BTD = self.config, self.embed_tokens(tokens_BT)
+        inverse = rope.inverse_frequencies(c.head_dim, c.rope_theta,
+                                           getattr(c, "rope_scaling", None))
+        rotation = rope.rotation(positions_BT, inverse, x_BTD.dtype)
+        for layer in self.layers:
+            x_BTD = layer(x_BTD, positions_BT, rotation, attend)
+        return self.norm(x_BTD)
+
+
+class Network(nn.Module):
+    """`hidden_BTD = network(tokens_BT, positions_BT, attend)`; `network.lm_head(hidden_BTD)`."""
+
+    layer: type[nn.Module]  # of the architecture
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config, self.layer)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, tokens_BT: Tensor, positions_BT: Tensor, attend: Attend) -> Tensor:
+        """Token ids and positions [B, T] (int64) -> hidden states after the last norm [B, T, D]."""
+        return self.model(tokens_BT, positions_BT, attend)
