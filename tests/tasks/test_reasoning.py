@@ -19,7 +19,7 @@ PARTS = {
     "number_filtering": (lambda item: len(question(item).split(": ")[1].split()), 3),
     "spell_backward": (lambda item: len(item.answer.split()), 3),
     "word_sequence_reversal": (lambda item: len(item.answer.split()), 3),
-    "steps": (lambda item: question(item).count(".") - 1, 1),
+    "steps": (lambda item: question(item).count(">"), 1),
     "swaps": (lambda item: question(item).count("Swap"), 1),
 }
 

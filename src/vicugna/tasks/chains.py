@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from random import Random
 
 from vicugna.tasks.task import Difficulty, Item, Posed, draw, final_line, make_item
@@ -29,23 +30,26 @@ class Chain:
 
 
 def _steps(rng: Random, difficulty: Difficulty) -> Posed:
-    """Additions, subtractions and doublings that stay within 0..19, each with a random name.
+    """Additions, subtractions and doublings that stay within 0..19, told in any order.
 
-    The names let a solver find the next step by what stands beside the last, at any depth. The
-    answer names the last step too, so that stopping early and guessing scores nothing.
+    "k>m -3." leads from k to m by subtracting 3. Only the names say which step comes next, so a
+    solver has to look each one up, and what it learns does not depend on how many there are.
     """
     state = rng.randint(0, _LARGEST)
-    words, steps = [f"Start with {state}."], [f"start {state}"]
-    for name in rng.sample(_LETTERS if difficulty.depth <= 26 else _PAIRS, difficulty.depth):
+    names = rng.sample(_LETTERS if difficulty.depth < 26 else _PAIRS, difficulty.depth + 1)
+    clauses, steps = [], [f"{names[0]} {state}"]
+    for here, there in pairwise(names):
         add = [("+", k) for k in range(1, min(9, _LARGEST - state) + 1)]
         subtract = [("-", k) for k in range(1, min(9, state) + 1)]
         double = [("*", 2)] if 0 < 2 * state <= _LARGEST else []
         sign, k = rng.choice(rng.choice([kind for kind in (add, subtract, double) if kind]))
         after = {"+": state + k, "-": state - k, "*": state * k}[sign]
-        words.append(f"{name}: {sign}{k}.")
-        steps.append(f"{name} {state}{sign}{k}={after}")
+        clauses.append(f"{here}>{there} {sign}{k}.")
+        steps.append(f"{here}>{there} {sign}{k} {state}{sign}{k}={after}")
         state = after
-    return Posed(f"{' '.join(words)} Last step and value?", f"{name} {state}", "; ".join(steps))
+    rng.shuffle(clauses)
+    question = f"Start {steps[0]}. {' '.join(clauses)} {names[-1]}?"
+    return Posed(question, f"{names[-1]} {state}", "; ".join([*steps, f"{names[-1]}?"]))
 
 
 def _swaps(rng: Random, difficulty: Difficulty) -> Posed:

@@ -35,9 +35,11 @@ def from_data(network: nn.Module, tokenizer: Tokenizer, spec: TrainSpec, seed: i
 
     def batch_of(step: int) -> WeightedBatch:
         nonlocal coming
-        if coming is None:
-            coming = stream.batches(step, spec.rows, ranks.rank, ranks.world)
-        batch = _weighted(next(coming))
+        if ranks.device.type == "cpu":  # another thread would take the cores that train
+            batch = _weighted(stream.batch(step, spec.rows, ranks.rank, ranks.world))
+        else:
+            coming = coming or stream.batches(step, spec.rows, ranks.rank, ranks.world)
+            batch = _weighted(next(coming))
         batch.norm = max(1.0, ranks.total(batch.norm)[0])
         return batch
 
@@ -45,12 +47,12 @@ def from_data(network: nn.Module, tokenizer: Tokenizer, spec: TrainSpec, seed: i
     return train(network, batch_of, spec, folder, where, ranks, validate)
 
 
-def check_length(sequence_length: int, context: int, where: str) -> None:
+def check_length(length: int, context: int, where: str) -> None:
     """Raise VicugnaError when training sequences are longer than the context."""
-    if sequence_length > context:
-        raise VicugnaError(
-            f"sequences of {sequence_length} tokens, but the context holds {context}",
-            f"{where}.sequence_length", "Shorten the sequences, or raise model.context")
+    if length > context:
+        raise VicugnaError(f"sequences of {length} tokens, but the context holds {context}",
+                           f"{where}.sequence_length",
+                           "Shorten the sequences, or raise model.context")
 
 
 def _validation(stream: Stream, spec: TrainSpec, ranks: Ranks

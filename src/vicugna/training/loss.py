@@ -63,8 +63,7 @@ class Objective(nn.Module):
     def forward(self, tokens_BT: Tensor, positions_BT: Tensor, targets_BT: Tensor,
                 weights_BT: Tensor) -> Tensor:
         """Sum over tokens of weight * -log p(target), a float32 scalar."""
-        bf16 = self.dtype != torch.float32
-        with torch.autocast(tokens_BT.device.type, self.dtype, enabled=bf16):
+        with torch.autocast(tokens_BT.device.type, self.dtype, self.dtype == torch.bfloat16):
             hidden_BTD = self.network(tokens_BT, positions_BT, Dense(positions_BT))
         learned = weights_BT != 0
         return _WeightedNLL.apply(hidden_BTD[learned], self.network.lm_head.weight,

@@ -62,8 +62,7 @@ def process_group() -> Iterator[Ranks]:
 
 
 def wrap(objective: Objective, spec: StageSpec, ranks: Ranks) -> nn.Module:
-    """The objective made data-parallel by DDP or FSDP2; itself when alone. Raises VicugnaError for
-    FSDP2 with Muon, whose update needs whole matrices."""
+    """The objective made data-parallel; itself when alone. VicugnaError for FSDP2 with Muon."""
     if ranks.world == 1:
         return objective
     if spec.parallel == "ddp":

@@ -23,8 +23,6 @@ from vicugna.training.loss import Objective
 from vicugna.training.parallel import Ranks
 from vicugna.training.recipe import StageSpec
 
-PATIENCE = 8  # steps in a row with a loss that is not finite before training stops
-
 
 @dataclass
 class WeightedBatch:
@@ -57,7 +55,7 @@ def train(network: nn.Module, batch_of: Callable[[int], WeightedBatch], spec: St
     module = parallel.wrap(objective, spec, ranks)
     opts = optimisers.build(network, spec.optimiser)
     done = state.load(folder, module, opts, ranks)
-    patience = min(PATIENCE, -(-spec.steps // 2))
+    patience = min(8, -(-spec.steps // 2))  # bad steps in a row before training stops
     rate = cost.matmul_rate(objective.dtype, ranks.device) * ranks.world
     metrics = Metrics(folder, done["step"]) if ranks.first else None
     with progress.bar(where, spec.steps, ranks.first) as report:
@@ -90,8 +88,8 @@ def train(network: nn.Module, batch_of: Callable[[int], WeightedBatch], spec: St
                 network.train()
             if metrics:
                 metrics.write(row)
-            report(step + 1, f"loss {loss:.3f}  {tokens / seconds:,.0f} tok/s  {row['mfu']:.0%} MFU")
-            if step % 10 == 9:
+            report(step + 1, f"loss {loss:.3f}, {tokens / seconds:.0f} tok/s, {row['mfu']:.0%} MFU")
+            if step % 50 == 49:
                 cost.return_memory()
             if (step + 1) % spec.checkpoint_every == 0 and step + 1 < spec.steps:
                 state.save(folder, module, opts, done, ranks)
