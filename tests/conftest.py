@@ -11,6 +11,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny networks are faster so
 import pytest
 from lives import Ended, live_of
 
+# A shell's background jobs ignore Ctrl-C, and so would every process that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 Cli = Callable[..., Ended]
 
 
