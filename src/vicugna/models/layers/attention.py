@@ -86,8 +86,8 @@ class Dense:
     def _blocked(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor) -> Tensor:
         """Causal attention by blocks of queries, each over the keys up to its end.
 
-        On CPU, forward and backward take half to three quarters of the time of PyTorch's flash
-        kernel, for the memory of the probabilities: about B * H * T * T / 2 of them.
+        On CPU, quicker to train with than PyTorch's kernel (benchmarks/attention.py), for the
+        memory of the probabilities: about B * H * T * T / 2 of them.
         """
         B, H, T, K = q_BHTK.shape
         G, C = k_BGTK.shape[1], min(BLOCK, T)
