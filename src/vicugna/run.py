@@ -258,7 +258,7 @@ def _make_tokenizer(run: Run, place: Path) -> Made:
 def _load(run: Run, stage: str) -> Model:
     """The checkpoint that a finished stage made; VicugnaError if it was changed since."""
     folder = run.place(stage) / "checkpoint"
-    model = vicugna.load(folder)
+    model = vicugna.load(folder, device=str(run.ranks.device))
     if model.digest != _output(run, stage):
         raise VicugnaError("the checkpoint is not the one this stage made", str(folder),
                            "Restore it, or delete the stage's folder to make it again")

@@ -128,7 +128,8 @@ class Cache:
             if window is not None:
                 visible &= key < query + window
             whole = self._corners[window] = additive(visible, like.dtype)
-        return whole[-t:, -s:]
+        # PyTorch's CUDA kernels take a mask that begins anywhere, and then fault on reading it.
+        return whole[-t:, -s:] if like.device.type == "cpu" else whole[-t:, -s:].contiguous()
 
     def _without_pads(self, mask_ts: Tensor, first: int) -> Tensor:
         """[B, 1, t, s] from [t, s]: padding unseen, except by itself, lest a softmax be empty."""

@@ -4,12 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from random import Random
+from string import ascii_letters, ascii_lowercase
 
 from vicugna.tasks.task import Difficulty, Item, Posed, draw, final_line, make_item
 
 _LARGEST = 19  # the state of `steps` stays in 0..19, so that one step is a small table
-_LETTERS = "abcdefghijklmnopqrstuvwxyz"
-_PAIRS = [a + b for a in _LETTERS for b in _LETTERS if a != b]
+_PAIRS = [a + b for a in ascii_letters for b in ascii_letters if a != b]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ def _steps(rng: Random, difficulty: Difficulty) -> Posed:
     solver has to look each one up, and what it learns does not depend on how many there are.
     """
     state = rng.randint(0, _LARGEST)
-    names = rng.sample(_LETTERS if difficulty.depth < 26 else _PAIRS, difficulty.depth + 1)
+    known = ascii_letters if difficulty.depth < len(ascii_letters) else _PAIRS
+    names = rng.sample(known, difficulty.depth + 1)
     clauses, steps = [], [f"{names[0]} {state}"]
     for here, there in pairwise(names):
         add = [("+", k) for k in range(1, min(9, _LARGEST - state) + 1)]
@@ -54,7 +55,7 @@ def _steps(rng: Random, difficulty: Difficulty) -> Posed:
 
 def _swaps(rng: Random, difficulty: Difficulty) -> Posed:
     """Letters under cups in a row, two places exchanged at a time; `count` + 3 cups."""
-    cups = rng.sample(_LETTERS, min(26, difficulty.count + 3))
+    cups = rng.sample(ascii_lowercase, min(26, difficulty.count + 3))
     words, steps = [f"Cups: {' '.join(cups)}."], []
     for _ in range(difficulty.depth):
         i, j = sorted(rng.sample(range(len(cups)), 2))
