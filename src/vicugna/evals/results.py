@@ -1,6 +1,7 @@
 """The table of an evaluation, error bars included, computed from its items' records alone."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -64,7 +65,8 @@ class Results:
             groups.setdefault(item.row, []).append((record["outcome"], item.cluster or item.id))
         return cls(**{key: identity[key] for key in IDENTITY}, items_digest=digest_of(records),
                    tokens=sum(r["prompt_tokens"] + r["tokens"] for r in records),
-                   rows=[_row(key, groups[key]) for key in sorted(groups)], platform=platform)
+                   rows=[_row(key, groups[key]) for key in sorted(groups, key=_natural)],
+                   platform=platform)
 
     @property
     def digest(self) -> str:
@@ -73,6 +75,12 @@ class Results:
 
     def to_dict(self) -> dict[str, Any]:
         return {"format": 1, **asdict(self), "results_digest": self.digest}
+
+
+def _natural(key: tuple[str, ...]) -> list[Any]:
+    """A sorting key by which "depth 10" comes after "depth 9"."""
+    parts = re.split(r"(\d+(?:\.\d+)?)", "\n".join(key))
+    return [float(part) if k % 2 else part for k, part in enumerate(parts)]
 
 
 def _row(key: tuple[str, str, str], ended: Sequence[tuple[str, str]]) -> Row:

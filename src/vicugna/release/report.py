@@ -11,7 +11,6 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,14 +132,7 @@ def _scored(folder: Path) -> list[Scored]:
     """The finished evaluations in a folder, the earliest checkpoint's first."""
     names = sorted((path.parent.name for path in folder.glob("*/results.json")), key=lambda name: (
         ORDER.index(name) if name in ORDER else -1, name))
-    return [(name, replace(results, rows=sorted(results.rows, key=_natural)), records)
-            for name in names for results, records in [read_results(folder / name)]]
-
-
-def _natural(row: Row) -> list[Any]:
-    """A sorting key by which "depth 10" comes after "depth 9"."""
-    parts = re.split(r"(\d+(?:\.\d+)?)", f"{row.group}\n{row.task}\n{row.difficulty}")
-    return [float(part) if k % 2 else part for k, part in enumerate(parts)]
+    return [(name, *read_results(folder / name)) for name in names]
 
 
 def _compared(scored: Sequence[Scored]) -> dict[tuple[str, str, str], dict[str, Row]]:
