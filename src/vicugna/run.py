@@ -320,7 +320,9 @@ def _evaluate(run: Run, place: Path) -> Made:
                                  or group.get("group") in spec.compare_groups], model.tokenizer)
         digests.append(evaluate(model, plan, spec.batch, place / stage, run.ledger,
                                 run.recipe.digest, str(run.folder.resolve())).digest)
-    return files.digest_of(digests), {"peak_memory_bytes": cost.peak_memory()}
+    made = [one.cost for one in run.ledger.attempts() if one.result.get("digest") in digests]
+    spent = {k: sum(c.get(k, 0) for c in made) for k in ("tokens", "flops", "device_seconds")}
+    return files.digest_of(digests), {**spent, "peak_memory_bytes": cost.peak_memory()}
 
 
 def evaluate(model: Model, plan: list[evals.PlannedItem], batch: int, folder: Path,

@@ -88,7 +88,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_json(run / "06-release/release/config.json", CONFIG)
     write_json(run / "06-release/release/manifest.json", {"release_digest": "abc123"})
     plan = evals.build_plan(SPECS, words)
-    for name, share in (("sft", 0.3), ("rl", 0.7)):
+    for name, share in (("sft", 0.3), ("rl", 0.5)):
         evals.run(Scripted(plan, share), plan, run / "05-eval" / name)
     write_report(run, run / "ledger.sqlite")
     return run

@@ -36,8 +36,7 @@ def _steps(rng: Random, difficulty: Difficulty) -> Posed:
     solver has to look each one up, and what it learns does not depend on how many there are.
     """
     state = rng.randint(0, _LARGEST)
-    known = ascii_letters if difficulty.depth < len(ascii_letters) else _PAIRS
-    names = rng.sample(known, difficulty.depth + 1)
+    names = rng.sample(ascii_letters if difficulty.depth < 52 else _PAIRS, difficulty.depth + 1)
     clauses, steps = [], [f"{names[0]} {state}"]
     for here, there in pairwise(names):
         add = [("+", k) for k in range(1, min(9, _LARGEST - state) + 1)]
