@@ -35,6 +35,7 @@ def begun(process: subprocess.Popen[str]) -> None:
     assert process.stderr.readline(), process.communicate()
 
 
+@pytest.mark.timeout(1800)  # VICUGNA_KILLS may ask for many
 def test_killed_anywhere_it_ends_in_the_same_bytes(tiny: Path, tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "tiny"
     for _ in range(KILLS):
