@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from tiny_networks import plain_logits, random_network, random_prompts
 
 from vicugna.engine import Cache, cache
-from vicugna.models.layers.attention import Span
+from vicugna.models.layers import attention
+from vicugna.models.layers.attention import Dense, Span
 
 KINDS = ("llama", "vicugna")
 
@@ -85,9 +86,9 @@ def test_window_layers_forget_and_global_ones_do_not():
         attend(1, x, x, x, Span())
         rows = torch.randn(1, T, 6)
         assert attend.before(0, rows, 3).shape == (1, 3, 6)
-    windowed, whole = attend._stores[0].kept, attend._stores[1].kept
-    assert windowed.shape[3] <= 8 + 1 + cache._SPARE
-    assert 1400 <= whole.shape[3] <= 1400 + cache._SPARE
+    windowed, whole = attend._stores[0].kept[0], attend._stores[1].kept[0]
+    assert windowed.shape[2] <= 8 + 1 + cache._SPARE
+    assert 1400 <= whole.shape[2] <= 1400 + cache._SPARE
     assert attend._rows[0].untyped_storage().nbytes() == 3 * 6 * 4
 
 
@@ -101,8 +102,63 @@ def test_before_gives_the_rows_just_before():
 
 def test_no_query_sees_nothing():
     attend = Cache([3, 0, 5])
-    masks = [attend._padding(0, end, torch.zeros(1)) for end in (1, 4, 9)]
-    masks.append(attend._without_pads(attend._corner(None, 6, 6, masks[0]), 0))
-    masks.append(attend._without_pads(attend._corner(2, 4, 5, masks[0]), 1))
+    masks = [attend._by_row(torch.zeros(1, end), 0, None) for end in (1, 4, 9)]
+    for chunk in (None, 1, 3):
+        masks.append(attend._by_row(attend._corner(chunk, 6, 6, masks[0]), 0, chunk))
+        masks.append(attend._by_row(attend._corner(chunk, 4, 5, masks[0]), 1, chunk))
     for mask in masks:
         assert bool((mask == 0).any(-1).all())
+
+
+def defined(q_THK, k_TGK, v_TGK, span):
+    """Attention of one document, a query at a time, as `Span` says it."""
+    out = []
+    for t in range(len(q_THK)):
+        first = 0
+        if span.window is not None:
+            first = max(0, t - span.window + 1)
+        if span.chunk is not None:
+            first = t // span.chunk * span.chunk
+        share = q_THK.shape[1] // k_TGK.shape[1]
+        keys, values = (x[first:t + 1].repeat_interleave(share, dim=1) for x in (k_TGK, v_TGK))
+        scores = torch.einsum("hk,shk->hs", q_THK[t], keys) / q_THK.shape[2] ** 0.5
+        out.append(torch.einsum("hs,shk->hk", scores.softmax(-1), values))
+    return torch.stack(out)
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=3),
+       calls=st.lists(st.integers(1, 25), min_size=1, max_size=3),
+       span=st.sampled_from([Span(), Span(window=1), Span(window=6), Span(window=50),
+                             Span(chunk=1), Span(chunk=4), Span(chunk=9), Span(chunk=50)]),
+       values=st.sampled_from(["own", "narrow", "keys"]), groups=st.sampled_from([1, 2, 4]),
+       block=st.integers(1, 9))
+def test_every_span_is_what_it_says(lengths, calls, span, values, groups, block):
+    generator = torch.Generator().manual_seed(sum(lengths))
+    shapes = (4, 6), (groups, 6), (groups, 3 if values == "narrow" else 6)
+    documents = [[torch.randn(n, *shape, generator=generator) for shape in shapes]
+                 for n in lengths]
+    if values == "keys":
+        documents = [[q, k, k] for q, k, _ in documents]
+    wanted = [defined(*document, span) for document in documents]
+
+    row = [torch.cat(parts)[None] for parts in zip(*documents, strict=True)]
+    packed = Dense(torch.cat([torch.arange(n) for n in lengths])[None])
+    got = packed(0, row[0], row[1], None if values == "keys" else row[2], span)[0]
+    assert (got - torch.cat(wanted)).abs().max() < 1e-5
+    if span == Span():  # the form that training in bfloat16 takes
+        with mock.patch.object(attention, "BLOCK", block):
+            got = packed._blocked(*(x.transpose(1, 2) for x in row)).transpose(1, 2)[0]
+        assert (got - torch.cat(wanted)).abs().max() < 1e-5
+
+    longest, start = max(lengths), 0
+    padded = [torch.stack([torch.cat([x.new_full((longest - len(x), *x.shape[1:]), 7.0), x])
+                           for x in parts]) for parts in zip(*documents, strict=True)]
+    attend, outs = Cache([longest - n for n in lengths]), []
+    with mock.patch.multiple(cache, _BLOCK=block, _WINDOW_BLOCK=block):
+        while start < longest:
+            q, k, v = (x[:, start:start + calls[len(outs) % len(calls)]] for x in padded)
+            outs.append(attend(0, q, k, None if values == "keys" else v, span))
+            start += q.shape[1]
+    for out, want in zip(torch.cat(outs, dim=1), wanted, strict=True):
+        assert (out[longest - len(want):] - want).abs().max() < 1e-5

@@ -1,10 +1,11 @@
 """Llama against transformers' LlamaForCausalLM on random weights."""
 
+import parity
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
 
 from vicugna import models
 from vicugna.errors import VicugnaError
@@ -14,20 +15,8 @@ LLAMA3_SCALING = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
                   "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 
 
-def pair(**changes):
-    """The same random network twice: transformers' and ours."""
-    torch.manual_seed(0)
-    keys = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 112,
-            "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-            "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "initializer_range": 0.1}
-    reference = LlamaForCausalLM(LlamaConfig(**{**keys, **changes})).eval()
-    for name, parameter in reference.named_parameters():
-        if "norm" in name or "bias" in name:
-            torch.nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.2)
-    ours = models.build(reference.config.to_dict())
-    state = reference.state_dict()
-    ours.load_state_dict(state)
-    return reference, ours
+def config(**changes):
+    return LlamaConfig(**{**parity.TINY, **changes})
 
 
 CASES = {
@@ -45,32 +34,30 @@ CASES = {
 
 @pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
 def test_logits_equal_transformers(changes):
-    reference, ours = pair(**changes)
-    tokens = torch.randint(0, 97, (2, 300))
-    positions = torch.arange(300).expand(2, -1)
-    with torch.no_grad():
-        theirs = reference(tokens).logits
-        logits = ours.lm_head(ours(tokens, positions, Dense()))
-    assert (logits - theirs).abs().max() < 1e-5
+    theirs, ours = parity.pair(config(**changes))
+    parity.agree(theirs, ours, parity.random_tokens(3, 300))
+
+
+@pytest.mark.parametrize("case", ["grouped", "llama3 rope", "linear rope"])
+@pytest.mark.parametrize("first", [8190, 32760, 131000])
+def test_far_positions_equal_transformers(case, first):
+    theirs, ours = parity.pair(config(**CASES[case]))
+    parity.agree_uncached(theirs, ours, parity.random_tokens(1, 30), first)
+    parity.agree_cached(theirs, ours, parity.random_tokens(1, 30), [13, 1, 16], first)
+
+
+@pytest.mark.parametrize("case", ["tied", "biases", "llama3 rope"])
+def test_gradients_and_round_trip(case, tmp_path):
+    theirs, ours = parity.pair(config(**CASES[case]))
+    parity.agree_round_trip(theirs, tmp_path)
+    parity.agree_gradients(theirs, ours, parity.random_tokens(2, 50))
 
 
 def test_old_rope_keys_mean_the_same():
-    _, ours = pair(**CASES["llama3 rope"])
+    _, ours = parity.pair(config(**CASES["llama3 rope"]))
     old = {**ours.config.to_dict(), "rope_parameters": None}
     assert old["rope_scaling"]["rope_type"] == "llama3" and old["rope_theta"] == 500000.0
     assert models.build(old).config == ours.config
-
-
-def test_gradients_equal_transformers():
-    reference, ours = pair()
-    tokens = torch.randint(0, 97, (2, 50))
-    reference(tokens, labels=tokens).loss.backward()
-    logits = ours.lm_head(ours(tokens, torch.arange(50).expand(2, -1), Dense()))
-    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1),
-                                      tokens[:, 1:].flatten()).backward()
-    theirs = dict(reference.named_parameters())
-    for name, parameter in ours.named_parameters():
-        assert torch.allclose(parameter.grad, theirs[name].grad, atol=1e-5, rtol=1e-4), name
 
 
 @pytest.mark.parametrize("architecture", ["llama", "vicugna"])

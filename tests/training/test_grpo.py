@@ -71,7 +71,7 @@ def test_the_batch_is_the_sum_over_answers() -> None:
     assert made.norm == 12.0
 
 
-def fake_reward(item: Any, completion: Completion, words: Any) -> float:
+def fake_reward(item: Any, prompt: Any, completion: Completion, words: Any) -> float:
     return sum(token % 2 for token in completion.tokens) / len(completion.tokens)
 
 

@@ -74,7 +74,7 @@ def reinforced(folder: Path, ranks: Ranks) -> None:
 def main() -> None:
     folder, what = Path(sys.argv[1]), sys.argv[2]
     cost.matmul_rate = lambda dtype, device: 1e9  # type: ignore[assignment]
-    grpo.reward = lambda item, completion, words: (  # type: ignore[assignment]
+    grpo.reward = lambda item, prompt, completion, words: (  # type: ignore[assignment]
         sum(token % 2 for token in completion.tokens) / len(completion.tokens))
     with process_group() as ranks:
         if what == "fail":  # one rank fails while the other waits for it

@@ -1,7 +1,7 @@
 """Attention over remembered keys and values: what a network is given while it generates.
 
 Rows of a batch are left-padded, so that their newest tokens share a column. Layers that see
-everything keep every column; sliding-window layers forget what no later token can see.
+everything keep every column; layers with a window or chunks forget what no later token can see.
 """
 
 import torch
@@ -18,29 +18,31 @@ _BLOCK, _WINDOW_BLOCK = 256, 64
 
 
 class _Store:
-    """One layer's keys and values: a buffer [2, B, G, capacity, K], `filled` columns in use."""
+    """One layer's keys, and values unless they are the keys: buffers [B, G, capacity, width], of
+    which `filled` columns are in use."""
 
-    def __init__(self, window: int | None, like_BTGK: Tensor) -> None:
-        B, _, G, K = like_BTGK.shape
-        self.window = window
+    def __init__(self, span: Span, parts: list[Tensor]) -> None:
+        self.span, self.reach = span, span.window or span.chunk
         self.columns = 0  # seen since the start, forgotten ones included
         self.filled = 0
-        self.kept = like_BTGK.new_empty(2, B, G, 0, K)
+        self.kept = [x.new_empty(x.shape[0], x.shape[2], 0, x.shape[3]) for x in parts]
 
-    def append(self, k_BTGK: Tensor, v_BTGK: Tensor) -> tuple[Tensor, Tensor]:
-        """Take T new columns; return all that the new queries may see, as views [B, G, S, K]."""
-        T = k_BTGK.shape[1]
-        retained = self.filled if self.window is None else min(self.filled, self.window - 1)
-        if self.filled + T > self.kept.shape[3]:
-            kept = self.kept[:, :, :, self.filled - retained : self.filled]
-            spare = kept.new_empty(*kept.shape[:3], T + _SPARE, kept.shape[4])
-            self.kept, self.filled = torch.cat([kept, spare], dim=3), retained
-        new = slice(self.filled, self.filled + T)
-        self.kept[0, :, :, new] = k_BTGK.transpose(1, 2)
-        self.kept[1, :, :, new] = v_BTGK.transpose(1, 2)
-        self.filled, self.columns = self.filled + T, self.columns + T
-        k_BGSK, v_BGSK = self.kept[:, :, :, new.start - retained : new.stop]
-        return k_BGSK, v_BGSK
+    def append(self, parts: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Take T new columns; return all that the new queries may see, as views [B, G, S, width]:
+        keys and values."""
+        T = parts[0].shape[1]
+        retained = self.filled if self.reach is None else min(self.filled, self.reach - 1)
+        if self.filled + T > self.kept[0].shape[2]:
+            old = [x[:, :, self.filled - retained : self.filled] for x in self.kept]
+            self.kept = [torch.cat([x, x.new_empty(*x.shape[:2], T + _SPARE, x.shape[3])], dim=2)
+                         for x in old]
+            self.filled = retained
+        start, stop = self.filled, self.filled + T
+        for kept, new in zip(self.kept, parts, strict=True):
+            kept[:, :, start:stop] = new.transpose(1, 2)
+        self.filled, self.columns = stop, self.columns + T
+        seen = [x[:, :, start - retained : stop] for x in self.kept]
+        return seen[0], seen[-1]
 
 
 class Cache:
@@ -52,13 +54,15 @@ class Cache:
     Results are those of attention over the whole sequence, whatever the split into calls.
     """
 
+    remembers = True
+
     def __init__(self, pads: list[int], device: torch.device | str = "cpu") -> None:
         self._pads_B = torch.tensor(pads, device=device)
         self._most_pads = max(pads)
         self._stores: dict[int, _Store] = {}
         self._rows: dict[int, Tensor] = {}
         self._corners: dict[int | None, Tensor] = {}
-        self._pad_mask: tuple[int, int, Tensor] | None = None
+        self._step_masks: dict[tuple[int, int, int | None], Tensor] = {}
 
     def before(self, layer: int, x_BTD: Tensor, n: int) -> Tensor:
         """The n rows of `x` that `layer` saw just before these: [B, n, D], zeros at the start."""
@@ -75,43 +79,44 @@ class Cache:
         index = torch.tensor(rows, device=self._pads_B.device)
         self._pads_B = self._pads_B[index]
         self._most_pads = int(self._pads_B.max())
-        self._pad_mask = None
+        self._step_masks = {}
         for store in self._stores.values():
-            store.kept = store.kept.index_select(1, index)
+            store.kept = [x.index_select(0, index) for x in store.kept]
         self._rows = {layer: x_BnD[index] for layer, x_BnD in self._rows.items()}
 
-    def __call__(self, layer: int, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor,
+    def __call__(self, layer: int, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor | None,
                  span: Span) -> Tensor:
-        """Append the new keys and values, attend over all that is visible: [B, T, H, K]."""
+        """Append the new keys and values, attend over all that is visible: [B, T, H, width]."""
+        parts = [k_BTGK] if v_BTGK is None else [k_BTGK, v_BTGK]
         if layer not in self._stores:
-            self._stores[layer] = _Store(span.window, k_BTGK)
+            self._stores[layer] = _Store(span, parts)
         store = self._stores[layer]
-        k_BGSK, v_BGSK = store.append(k_BTGK, v_BTGK)
+        k_BGSK, v_BGSK = store.append(parts)
         B, T, H, K = q_BTHK.shape
         if T > 1:
             return self._many(q_BTHK, k_BGSK, v_BGSK, store)
         # One query a row sees all keys but the padding. Those that share a key head are laid out
         # as if they were positions, so that each key is read once: twice as fast on a CPU as
         # `enable_gqa`.
-        (G, S), end = k_BGSK.shape[1:3], store.columns
-        mask = self._padding(end - S, end, q_BTHK) if self._most_pads > end - S else None
-        return F.scaled_dot_product_attention(q_BTHK.reshape(B, G, H // G, K), k_BGSK, v_BGSK,
-                                              attn_mask=mask).reshape(B, 1, H, K)
+        G = k_BGSK.shape[1]
+        return F.scaled_dot_product_attention(
+            q_BTHK.reshape(B, G, H // G, K), k_BGSK, v_BGSK,
+            attn_mask=self._step_mask(store, k_BGSK)).reshape(B, 1, H, -1)
 
     def _many(self, q_BTHK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, store: _Store) -> Tensor:
         """T queries a row, a block at a time: each block meets only keys it can see."""
-        T, S, window = q_BTHK.shape[1], k_BGSK.shape[2], store.window
+        T, S, reach = q_BTHK.shape[1], k_BGSK.shape[2], store.reach
         q_BHTK = q_BTHK.transpose(1, 2)
-        block = _BLOCK if window is None else _WINDOW_BLOCK
+        block = _BLOCK if reach is None or reach >= 4 * _BLOCK else _WINDOW_BLOCK
         outs = []
         for start in range(0, T, block):
             t = min(block, T - start)
             high = S - T + start + t
-            low = 0 if window is None else max(0, high - t - window + 1)
+            low = 0 if reach is None else max(0, high - t - reach + 1)
             first = store.columns - S + low  # the column of the first key
-            mask = self._corner(window, t, high - low, q_BTHK)
-            if self._most_pads > first:
-                mask = self._without_pads(mask, first)
+            mask = self._corner(reach, t, high - low, q_BTHK)
+            if self._most_pads > first or store.span.chunk:
+                mask = self._by_row(mask, first, store.span.chunk)
             outs.append(F.scaled_dot_product_attention(
                 q_BHTK[:, :, start : start + t], k_BGSK[:, :, low:high], v_BGSK[:, :, low:high],
                 attn_mask=mask, enable_gqa=q_BHTK.shape[1] != k_BGSK.shape[1]))
@@ -131,16 +136,24 @@ class Cache:
         # PyTorch's CUDA kernels take a mask that begins anywhere, and then fault on reading it.
         return whole[-t:, -s:] if like.device.type == "cpu" else whole[-t:, -s:].contiguous()
 
-    def _without_pads(self, mask_ts: Tensor, first: int) -> Tensor:
-        """[B, 1, t, s] from [t, s]: padding unseen, except by itself, lest a softmax be empty."""
+    def _by_row(self, mask_ts: Tensor, first: int, chunk: int | None) -> Tensor:
+        """[B, 1, t, s] from [t, s], whose first key is column `first`: padding unseen, and what
+        lies before a query's chunk; each sees itself, lest a softmax be empty."""
         key_s = torch.arange(first, first + mask_ts.shape[1], device=mask_ts.device)
-        real_B11s = (key_s >= self._pads_B[:, None])[:, None, None]
-        itself_ts = key_s == key_s[-mask_ts.shape[0]:, None]
-        return torch.where(real_B11s | itself_ts, mask_ts, float("-inf"))
+        query_t1 = key_s[-mask_ts.shape[0]:, None]
+        begin_B11 = self._pads_B[:, None, None]
+        if chunk is not None:
+            begin_B11 = begin_B11 + ((query_t1 - begin_B11) // chunk).clamp(min=0) * chunk
+        visible_Bts = (key_s >= begin_B11) | (key_s == query_t1)
+        return torch.where(visible_Bts[:, None], mask_ts, float("-inf"))
 
-    def _padding(self, first: int, end: int, like: Tensor) -> Tensor:
-        """Additive mask [B, 1, 1, S] of the columns from `first`, shared by layers of a step."""
-        if self._pad_mask is None or self._pad_mask[:2] != (first, end):
-            mask_1S = like.new_zeros(1, end - first)
-            self._pad_mask = first, end, self._without_pads(mask_1S, first)
-        return self._pad_mask[2]
+    def _step_mask(self, store: _Store, k_BGSK: Tensor) -> Tensor | None:
+        """Additive mask [B, 1, 1, S] of one new query a row, shared by layers of a step."""
+        S, end, chunk = k_BGSK.shape[2], store.columns, store.span.chunk
+        if self._most_pads <= end - S and (chunk is None or end <= chunk):
+            return None
+        key = S, end, chunk
+        if key not in self._step_masks:
+            self._step_masks = {k: mask for k, mask in self._step_masks.items() if k[1] == end}
+            self._step_masks[key] = self._by_row(k_BGSK.new_zeros(1, S), end - S, chunk)
+        return self._step_masks[key]

@@ -3,6 +3,7 @@
 import difflib
 import math
 from collections.abc import Mapping
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -10,15 +11,16 @@ import torch
 from torch import nn
 
 from vicugna.errors import VicugnaError
-from vicugna.models import llama, vicugna
 
-ARCHITECTURES: dict[str, ModuleType] = {"llama": llama, "vicugna": vicugna}
+# model_type -> the file that defines it.
+ARCHITECTURES = {name: name for name in ("deepseek_v3", "llama", "llama4", "mistral", "mixtral",
+                                         "qwen2", "vicugna")} | {"llama4_text": "llama4"}
 
 
 def architecture(model_type: str | None) -> ModuleType:
     """The module that defines `model_type`; VicugnaError naming the nearest known one."""
     if isinstance(model_type, str) and model_type in ARCHITECTURES:
-        return ARCHITECTURES[model_type]
+        return import_module(f"vicugna.models.{ARCHITECTURES[model_type]}")
     what = "missing model_type" if model_type is None else f"unknown model_type {model_type!r}"
     near = difflib.get_close_matches(str(model_type), ARCHITECTURES, 1)
     raise VicugnaError(what, "config.json", f"Did you mean {near[0]!r}?" if near else
@@ -49,10 +51,10 @@ def initialise(network: nn.Module, seed: int) -> None:
             owner, kind = name.split(".")[-2:]
             if kind == "log_scale":
                 parameter.fill_(0.5)
-            elif owner.endswith("norm"):
-                parameter.fill_(1.0)
             elif kind == "bias" or owner == "conv":
                 parameter.zero_()
+            elif "norm" in owner:
+                parameter.fill_(1.0)
             else:
                 share = residual if "o_proj" in name or "down_proj" in name else 1.0
                 drawn = torch.randn(parameter.shape, generator=generator)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vicugna.models.layers import decoder, rope
 from vicugna.models.layers.attention import Attend, Span
-from vicugna.models.layers.config import Shape
+from vicugna.models.layers.config import Shape, rope_keys
 from vicugna.models.layers.mlp import SwiGLU
 from vicugna.models.layers.norm import RMSNorm
 
@@ -27,14 +27,8 @@ class Config(Shape):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """As `Shape.from_dict`; transformers 5 nests `rope_theta` and `rope_scaling` in
-        `rope_parameters`, earlier releases keep two keys."""
-        if isinstance(nested := values.get("rope_parameters"), Mapping):
-            scaling = dict(nested)
-            theta = scaling.pop("rope_theta", values.get("rope_theta"))
-            scaled = scaling.get("rope_type", "default") != "default"
-            values = {**values, "rope_theta": theta, "rope_scaling": scaling if scaled else None}
-        return super().from_dict(values)
+        """As `Shape.from_dict`; RoPE's keys as `rope_keys`."""
+        return super().from_dict({**values, **rope_keys(values)})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,32 +41,37 @@ class Config(Shape):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: Config, layer: int) -> None:
+    """Grouped-query attention with RoPE: `biases` says whether q, k and v have one, and o."""
+
+    def __init__(self, config: Shape, layer: int, span: Span = Span(),
+                 biases: tuple[bool, bool] = (False, False)) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.span = layer, span
         self.H, self.G = config.num_attention_heads, config.num_key_value_heads
         self.K = config.head_dim
-        D, bias = config.hidden_size, config.attention_bias
-        self.q_proj = nn.Linear(D, self.H * self.K, bias=bias)
-        self.k_proj = nn.Linear(D, self.G * self.K, bias=bias)
-        self.v_proj = nn.Linear(D, self.G * self.K, bias=bias)
-        self.o_proj = nn.Linear(self.H * self.K, D, bias=bias)
+        D = config.hidden_size
+        self.q_proj = nn.Linear(D, self.H * self.K, bias=biases[0])
+        self.k_proj = nn.Linear(D, self.G * self.K, bias=biases[0])
+        self.v_proj = nn.Linear(D, self.G * self.K, bias=biases[0])
+        self.o_proj = nn.Linear(self.H * self.K, D, bias=biases[1])
 
     def forward(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         B, T, _ = x_BTD.shape
         q = rope.rotate(self.q_proj(x_BTD).view(B, T, self.H, self.K), *rotation)
         k = rope.rotate(self.k_proj(x_BTD).view(B, T, self.G, self.K), *rotation)
         v = self.v_proj(x_BTD).view(B, T, self.G, self.K)
-        return self.o_proj(attend(self.layer, q, k, v, Span()).reshape(B, T, self.H * self.K))
+        return self.o_proj(attend(self.layer, q, k, v, self.span).reshape(B, T, self.H * self.K))
 
 
 class Layer(nn.Module):
-    def __init__(self, config: Config, layer: int) -> None:
+    """Attention, then a feed-forward, each of the normalised stream and added to it."""
+
+    def __init__(self, config: Shape, attention: Attention, mlp: nn.Module) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = attention
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, config.mlp_bias)
+        self.mlp = mlp
 
     def forward(self, x_BTD: Tensor, positions_BT: Tensor, rotation: tuple[Tensor, Tensor],
                 attend: Attend) -> Tensor:
@@ -81,4 +80,8 @@ class Layer(nn.Module):
 
 
 class Network(decoder.Network):
-    layer = Layer
+    @staticmethod
+    def layer(config: Config, n: int) -> Layer:
+        biases = config.attention_bias, config.attention_bias
+        return Layer(config, Attention(config, n, Span(), biases),
+                     SwiGLU(config.hidden_size, config.intermediate_size, config.mlp_bias))

@@ -1,10 +1,12 @@
 """What training costs: FLOPs, memory, and the rate this machine can reach."""
 
 import ctypes
+import json
 import resource
 import sys
 import timeit
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +14,19 @@ import torch
 from torch import nn
 
 from vicugna.errors import VicugnaError
+from vicugna.models.counts import Counts, count
 
 
 def flops_per_token(network: nn.Module, length: int) -> float:
-    """Floating-point operations of one trained token, forward and backward: 6 per parameter in a
-    matrix product (of a mixture only the chosen experts count) and 12 per feature of queries and
-    visible keys, half of `length` being visible (arXiv 2001.08361, 2204.02311)."""
+    """Floating-point operations of one token trained in a sequence of `length`, forward and twice
+    that backward (see models/counts.py)."""
     config: Any = network.config
-    matrices = sum(p.numel() for name, p in network.named_parameters()
-                   if p.ndim >= 2 and "embed_tokens" not in name and "lm_head" not in name)
-    if experts := getattr(config, "num_experts", 0):
-        inside = sum(p.numel() for name, p in network.named_parameters()
-                     if name.endswith(("gate_up_proj", "mlp.down_proj")))
-        matrices -= inside * (1 - config.num_experts_per_tok / experts)
-    matrices += config.vocab_size * config.hidden_size
-    window = float(getattr(config, "sliding_window", length))
-    everything = getattr(config, "is_global", lambda layer: True)
-    visible = sum(length / 2 if everything(layer) else min(length / 2, window)
-                  for layer in range(config.num_hidden_layers))
-    return 6.0 * matrices + 12.0 * visible * config.num_attention_heads * config.head_dim
+    return 3 * _counts(json.dumps(config.to_dict())).flops(length)
+
+
+@lru_cache(maxsize=8)
+def _counts(config: str) -> Counts:
+    return count(json.loads(config))
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:

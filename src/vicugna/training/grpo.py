@@ -47,7 +47,7 @@ def rollout(network: nn.Module, tokenizer: Tokenizer, spec: RlSpec, seed: int, s
     network.eval()
     completions = engine.generate(network, tokenizer, prompts, samplings)
     network.train()
-    rewards = [reward(items[n], said, tokenizer) for n, said in enumerate(completions)]
+    rewards = [reward(items[n], prompts[n], said, tokenizer) for n, said in enumerate(completions)]
     answers = []
     for n, got in enumerate(rewards):
         start = n - n % spec.group
@@ -73,11 +73,11 @@ def questions(spec: RlSpec, seed: int, step: int, ranks: Ranks) -> list[Item]:
             for n in range(first, first + share)]
 
 
-def reward(item: Item, completion: Completion, tokenizer: Tokenizer) -> float:
+def reward(item: Item, prompt: list[int], completion: Completion, tokenizer: Tokenizer) -> float:
     """The task's score of the answer after its reasoning; 0 for one that was cut off."""
     if completion.finish_reason != "stop":
         return 0.0
-    return tasks.get(item.task).score(item, tokenizer.split_reasoning(completion.tokens)[1])
+    return tasks.get(item.task).score(item, tokenizer.split_reasoning(completion.tokens, prompt)[1])
 
 
 def batch(answers: list[Answer], pad: int, count: float, extra: dict[str, float]) -> WeightedBatch:

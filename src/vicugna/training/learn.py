@@ -89,7 +89,9 @@ def whole(network: nn.Module) -> nn.Module:
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = get_model_state_dict(network, options=options)
     config: Any = network.config
-    fresh = models.build(config.to_dict())
+    fresh: Any = models.build(config.to_dict())
+    for kept in {"extra_tensors", "origin"} & vars(network).keys():  # see checkpoint.read
+        setattr(fresh, kept, getattr(network, kept))
     if state:
         fresh.load_state_dict(state)
     return fresh

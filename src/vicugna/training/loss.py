@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from vicugna.models.layers.attention import Dense
+from vicugna.models.layers.moe import balance_loss, listening
 
 CHUNK = 2048  # rows of logits held at once, in the precision of the matrix products
 SLICE = 1 << 21  # logits turned to float32 at once: few enough to stay in the processor's cache
@@ -62,9 +63,22 @@ class Objective(nn.Module):
 
     def forward(self, tokens_BT: Tensor, positions_BT: Tensor, targets_BT: Tensor,
                 weights_BT: Tensor) -> Tensor:
-        """Sum over tokens of weight * -log p(target), a float32 scalar."""
-        with torch.autocast(tokens_BT.device.type, self.dtype, self.dtype == torch.bfloat16):
+        """Sum over tokens of weight * -log p(target), a float32 scalar.
+
+        While training a network whose config has a `router_aux_loss_coef`, that times the routers'
+        balance loss is added for each learned token, so that whatever the split into rows and
+        ranks, the mean over tokens holds the mean of it once.
+        """
+        with (torch.autocast(tokens_BT.device.type, self.dtype, self.dtype == torch.bfloat16),
+              listening(self.network) as logits):
             hidden_BTD = self.network(tokens_BT, positions_BT, Dense(positions_BT))
         learned = weights_BT != 0
-        return _WeightedNLL.apply(hidden_BTD[learned], self.network.lm_head.weight,
+        loss = _WeightedNLL.apply(hidden_BTD[learned], self.network.lm_head.weight,
                                   targets_BT[learned], weights_BT[learned], self.dtype)
+        share = getattr(self.network.config, "router_aux_loss_coef", 0.0)
+        if share and logits and self.network.training:
+            padding_BT = learned.flip(1).cumsum(1).flip(1) == 0  # stands after the last target
+            logits_LNE = torch.stack(logits)[:, ~padding_BT.flatten()]
+            top_k = self.network.config.num_experts_per_tok
+            loss = loss + share * learned.sum() * balance_loss(logits_LNE, top_k)
+        return loss

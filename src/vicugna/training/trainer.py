@@ -17,7 +17,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from vicugna import progress
 from vicugna.errors import VicugnaError
 from vicugna.files import disk_errors, read_text, write_text
-from vicugna.models.layers.moe import MoE
+from vicugna.models.counts import IMAGES
+from vicugna.models.layers.moe import Balanced
 from vicugna.training import cost, optimisers, parallel, state
 from vicugna.training.loss import Objective
 from vicugna.training.parallel import Ranks
@@ -51,6 +52,9 @@ def train(network: nn.Module, batch_of: Callable[[int], WeightedBatch], spec: St
     cost. Raises VicugnaError when the loss stays non-finite.
     """
     network.to(ranks.device).train()
+    for name, parameter in network.named_parameters():
+        if name.startswith(IMAGES):  # which texts never reach
+            parameter.requires_grad_(False)
     objective = Objective(network, spec.precision)
     module = parallel.wrap(objective, spec, ranks)
     opts = optimisers.build(network, spec.optimiser)
@@ -128,12 +132,11 @@ def _step(module: nn.Module, network: nn.Module, opts: list[torch.optim.Optimize
 
 
 def balance_experts(network: nn.Module, ranks: Ranks, rate: float) -> None:
-    """Nudge routing biases towards an even load (DeepSeek V3, arXiv 2412.19437); count anew."""
+    """Nudge routing biases towards an even load over all ranks; count anew."""
     for module in network.modules():
-        if isinstance(module, MoE):
+        if isinstance(module, Balanced):
             load_E = torch.tensor(ranks.total(*module.tokens_per_expert.tolist()))
-            module.expert_bias += rate * torch.sign(load_E.mean() - load_E).to(module.expert_bias)
-            module.tokens_per_expert.zero_()
+            module.balance(load_E, rate)
 
 
 class Metrics:

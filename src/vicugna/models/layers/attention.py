@@ -17,19 +17,28 @@ LONGEST_BLOCKED = 2048  # tokens; beyond, memory matters more than the speed of 
 
 @dataclass(frozen=True)
 class Span:
-    """What a layer may see: every earlier position, or only the last `window`, itself included."""
+    """What a layer may see of the earlier positions: all, only the last `window` with itself, or
+    only those of its own `chunk`: positions n * chunk to (n + 1) * chunk - 1."""
 
     window: int | None = None
+    chunk: int | None = None
 
 
 class Attend(Protocol):
-    """The one place where attention meets memory."""
+    """The one place where attention meets memory.
 
-    def __call__(self, layer: int, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor,
+    `remembers` is true of one that keeps keys and values between calls: a network that can choose
+    then gives it the form of them that is small.
+    """
+
+    remembers: bool
+
+    def __call__(self, layer: int, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor | None,
                  span: Span) -> Tensor:
-        """Causal attention of T new queries over remembered and new keys: [B, T, H, K].
+        """Causal attention of T new queries over remembered and new keys: [B, T, H, values' width].
 
-        H is a multiple of G; scores are scaled by 1/sqrt(K) here and by nothing else.
+        H is a multiple of G; scores are scaled by 1/sqrt(K) here and by nothing else. Values may be
+        of another width than keys; None means that the keys are the values too.
         """
 
     def before(self, layer: int, x_BTD: Tensor, n: int) -> Tensor:
@@ -43,6 +52,8 @@ class Dense:
     0, and no token sees another document. None means one document a row.
     """
 
+    remembers = False
+
     def __init__(self, positions_BT: Tensor | None = None) -> None:
         self.first_BT: Tensor | None = None  # index of the first token of each token's document
         if positions_BT is not None:
@@ -50,44 +61,51 @@ class Dense:
             first_BT = torch.arange(T, device=positions_BT.device) - positions_BT
             if bool(first_BT.any()):
                 self.first_BT = first_BT
-        self._masks: dict[tuple[str, int | None, torch.dtype], Tensor] = {}
+        self._masks: dict[tuple[Span, torch.dtype], Tensor] = {}
 
     def before(self, layer: int, x_BTD: Tensor, n: int) -> Tensor:
         return x_BTD.new_zeros(x_BTD.shape[0], n, x_BTD.shape[2])
 
-    def __call__(self, layer: int, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor,
+    def __call__(self, layer: int, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor | None,
                  span: Span) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTGK, v_BTGK))
-        T, window = q.shape[2], span.window
-        if window is not None and 2 * window < T:
+        values_BTGK = k_BTGK if v_BTGK is None else v_BTGK
+        q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTGK, values_BTGK))
+        T, window, chunk = q.shape[2], span.window or q.shape[2], span.chunk or q.shape[2]
+        if 2 * window < T:
             return self._banded(q, k, v, window).transpose(1, 2)
-        window = None if window is None or window >= T else window
-        if window is None and q.device.type == "cpu" and T <= LONGEST_BLOCKED:
-            return self._blocked(q, k, v).transpose(1, 2)
-        causal = window is None and self.first_BT is None
-        return F.scaled_dot_product_attention(
-            q, k, v, None if causal else self._mask(T, window, q), is_causal=causal,
-            enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+        if window < T or (chunk < T and self.first_BT is not None):
+            return _masked(q, k, v, self._mask(T, span, q)).transpose(1, 2)
+        apart = zip(*(x.split(chunk, dim=2) for x in (q, k, v)), strict=True)
+        return torch.cat([self._causal(*part) for part in apart], dim=2).transpose(1, 2)
 
-    def _mask(self, T: int, window: int | None, like: Tensor) -> Tensor:
+    def _causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention to every earlier position of the document."""
+        T = q.shape[2]
+        if q.device.type == "cpu" and q.dtype == torch.bfloat16 and T <= LONGEST_BLOCKED:
+            return self._blocked(q, k, v)
+        return _masked(q, k, v, None if self.first_BT is None else self._mask(T, Span(), q))
+
+    def _mask(self, T: int, span: Span, like: Tensor) -> Tensor:
         """Additive mask [B or 1, 1, T, S]: 0 where a key is visible, -inf elsewhere."""
-        key = ("full", window, like.dtype)
+        key = (span, like.dtype)
         if key not in self._masks:
             key_S = torch.arange(T, device=like.device)
             query_T1 = key_S[:, None]
-            visible = (key_S <= query_T1)[None]
-            if window is not None:
-                visible = visible & (key_S > query_T1 - window)
-            if self.first_BT is not None:
-                visible = visible & (key_S >= self.first_BT[:, :, None])
+            first_BT1 = (key_S.new_zeros(1, 1, 1) if self.first_BT is None
+                         else self.first_BT[:, :, None])
+            if span.chunk is not None:
+                first_BT1 = first_BT1 + (query_T1 - first_BT1) // span.chunk * span.chunk
+            visible = (key_S <= query_T1) & (key_S >= first_BT1)
+            if span.window is not None:
+                visible = visible & (key_S > query_T1 - span.window)
             self._masks[key] = additive(visible, like.dtype)[:, None]
         return self._masks[key]
 
     def _blocked(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor) -> Tensor:
         """Causal attention by blocks of queries, each over the keys up to its end.
 
-        On CPU, quicker to train with than PyTorch's kernel (benchmarks/attention.py), for the
-        memory of the probabilities: about B * H * T * T / 2 of them.
+        On CPU in bfloat16, quicker to train with than PyTorch's kernel (benchmarks/attention.py),
+        for the memory of the probabilities: about B * H * T * T / 2 of them.
         """
         B, H, T, K = q_BHTK.shape
         G, C = k_BGTK.shape[1], min(BLOCK, T)
@@ -102,10 +120,10 @@ class Dense:
             if self.first_BT is None:
                 scores[..., start:] += after[:n, :n]
             else:
-                scores += self._mask(T, None, q)[:, :, None, start:end, :end]
+                scores += self._mask(T, Span(), q)[:, :, None, start:end, :end]
             p = scores.softmax(-1).reshape(B, G, H // G * n, end)
-            out.append((p @ v_BGTK[:, :, :end]).view(B, G, H // G, n, K))
-        return torch.cat(out, dim=3).reshape(B, H, T, K)
+            out.append((p @ v_BGTK[:, :, :end]).view(B, G, H // G, n, -1))
+        return torch.cat(out, dim=3).reshape(B, H, T, -1)
 
     def _banded(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, W: int) -> Tensor:
         """Sliding window in blocks: queries of a block meet the keys of it and of the one before.
@@ -116,14 +134,15 @@ class Dense:
         G, n = k_BGTK.shape[1], -(-T // W)
         spare = n * W - T
         q = F.pad(q_BHTK, (0, 0, 0, spare)).reshape(B, G, H // G, n, W, K)
-        k, v = (F.pad(x, (0, 0, W, spare)).reshape(B, G, 1, n + 1, W, K) for x in (k_BGTK, v_BGTK))
+        k, v = (F.pad(x, (0, 0, W, spare)).reshape(B, G, 1, n + 1, W, -1)
+                for x in (k_BGTK, v_BGTK))
         k, v = (torch.cat([x[:, :, :, :-1], x[:, :, :, 1:]], dim=4) for x in (k, v))
         scores = (q * K**-0.5) @ k.transpose(-1, -2) + self._band_mask(T, W, q)
-        return (scores.softmax(-1) @ v).reshape(B, H, n * W, K)[:, :, :T]
+        return (scores.softmax(-1) @ v).reshape(B, H, n * W, -1)[:, :, :T]
 
     def _band_mask(self, T: int, W: int, like: Tensor) -> Tensor:
         """Additive mask [B or 1, 1, 1, n, W, 2W] of `_banded`."""
-        key = ("band", W, like.dtype)
+        key = (Span(W), like.dtype)
         if key not in self._masks:
             n = -(-T // W)
             query = torch.arange(n * W, device=like.device).reshape(n, W, 1)
@@ -134,6 +153,12 @@ class Dense:
                 visible = visible & (keys >= first)
             self._masks[key] = additive(visible, like.dtype)[:, None, None]
         return self._masks[key]
+
+
+def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """PyTorch's attention under an additive mask; causal without one."""
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None,
+                                          enable_gqa=q.shape[1] != k.shape[1])
 
 
 def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,10 +1,13 @@
 """The keys that every architecture's config.json has, how they are read, and what they must be."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, Self
+from collections.abc import Mapping, Sequence
+from types import NoneType, UnionType
+from typing import Any, Self, get_args, get_origin
 
 from vicugna.errors import VicugnaError
+from vicugna.models.layers import rope
+from vicugna.models.layers.attention import Span
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +34,14 @@ class Shape:
         `num_key_value_heads` and `head_dim` may be absent, as in older files. Raises VicugnaError
         for missing keys, wrong types, and switches that change the mathematics in ways not built.
         """
-        values = {key: value for key, value in config.items() if value is not None}
+        fields = dataclasses.fields(cls)
+        nullable = {field.name for field in fields if NoneType in get_args(field.type)}
+        values = {key: value for key, value in config.items()
+                  if value is not None or key in nullable}
         if values.get("hidden_act", "silu") not in ("silu", "swish"):
             raise VicugnaError(f"hidden_act {values['hidden_act']!r} is not supported",
                                "config.json", "Only silu is")
         width, heads = values.get("hidden_size"), values.get("num_attention_heads")
-        fields = dataclasses.fields(cls)
         required = {field.name for field in fields if field.default is dataclasses.MISSING}
         if missing := sorted(required - {"head_dim", "num_key_value_heads"} - values.keys()):
             raise VicugnaError(f"missing {', '.join(missing)}", "config.json",
@@ -48,7 +53,7 @@ class Shape:
                     f"hidden_size {width} is not divisible by num_attention_heads {heads}",
                     "config.json", "Choose a width that is a multiple of the heads")
             values["head_dim"] = width // max(heads, 1)
-        return cls(**{field.name: _typed(field.name, values[field.name], field.type)
+        return cls(**{field.name: typed(field.name, values[field.name], field.type)
                       for field in fields if field.name in values})
 
     def __post_init__(self) -> None:
@@ -71,12 +76,52 @@ class Shape:
                                f"It must be at least {least}")
 
 
-def _typed(name: str, value: Any, hint: Any) -> Any:
+def rope_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling` (None, or what `rope.inverse_frequencies` takes) of a
+    config.json: transformers 5 nests both in `rope_parameters`, earlier releases keep two keys.
+
+    Raises VicugnaError where layers, or the parts of a head, would turn differently.
+    """
+    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(scaling, Mapping) or any(isinstance(x, Mapping) for x in scaling.values()):
+        raise VicugnaError("rope_scaling is not one set of keys for all layers", "config.json",
+                           "Restore the key from the original checkpoint")
+    scaling = dict(scaling)
+    theta = scaling.pop("rope_theta", config.get("rope_theta"))
+    share = scaling.pop("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if share not in (None, 1):
+        raise VicugnaError(f"partial_rotary_factor {share!r} is not supported", "config.json",
+                           "Only 1 is")
+    kind, longest = rope.kind_of(scaling), config.get("max_position_embeddings")
+    if kind in ("llama3", "yarn") and longest is not None:
+        original = scaling.setdefault("original_max_position_embeddings", longest)
+        if kind == "yarn" and scaling.get("factor", 1) is None:
+            scaling["factor"] = longest / original
+    return {"rope_theta": theta, "rope_scaling": None if kind == "default" else scaling}
+
+
+def typed(name: str, value: Any, hint: Any) -> Any:
     """`value` if it has the type the field declares (an int is a float too), else VicugnaError."""
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    kinds = tuple(get_origin(kind) or kind for kind in kinds)
+    if float in kinds and int not in kinds and type(value) is int:
         return float(value)
-    if isinstance(hint, type) and (
-            not isinstance(value, hint) or (hint is int and isinstance(value, bool))):
-        raise VicugnaError(f"{name} is {value!r}, not of type {hint.__name__}", "config.json",
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        names = " or ".join("null" if kind is NoneType else kind.__name__ for kind in kinds)
+        raise VicugnaError(f"{name} is {value!r}, not of type {names}", "config.json",
                            "Correct the value")
     return value
+
+
+def spans(kinds: Sequence[str], window: int | None, layers: int) -> list[Span]:
+    """What each layer sees, by config.json's `layer_types` and `sliding_window`; VicugnaError for
+    impossible ones."""
+    seen = {"full_attention": Span(), "sliding_attention": Span(window)}
+    known = ", ".join(seen)
+    if len(kinds) != layers or not all(kind in seen for kind in map(str, kinds)):
+        raise VicugnaError(f"layer_types is not {layers} names among {known}",
+                           "config.json", "Restore the key from the original checkpoint")
+    if "sliding_attention" in kinds and (window is None or window < 1):
+        raise VicugnaError(f"sliding_window is {window}", "config.json",
+                           "Layers of sliding attention need at least 1")
+    return [seen[kind] for kind in kinds]

@@ -1,5 +1,6 @@
 """What every architecture shares: embeddings, a stack of layers, a last norm and the head."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from vicugna.models.layers.norm import RMSNorm
 class Decoder(nn.Module):
     """Embeddings and layers, each called as `layer(x_BTD, positions_BT, rotation, attend)`."""
 
-    def __init__(self, config: Any, layer: type[nn.Module]) -> None:
+    def __init__(self, config: Any, layer: Callable[[Any, int], nn.Module]) -> None:
         super().__init__()
         self.config = config
         # `models.initialise` draws the values: here they would only take time.
@@ -23,10 +24,14 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, tokens_BT: Tensor, positions_BT: Tensor, attend: Attend) -> Tensor:
-        c, x_BTD = self.config, self.embed_tokens(tokens_BT)
-        inverse = rope.inverse_frequencies(c.head_dim, c.rope_theta,
-                                           getattr(c, "rope_scaling", None))
-        rotation = rope.rotation(positions_BT, inverse, x_BTD.dtype)
+        return self.above(self.embed_tokens(tokens_BT), positions_BT, attend)
+
+    def above(self, x_BTD: Tensor, positions_BT: Tensor, attend: Attend) -> Tensor:
+        """Everything above the embeddings [B, T, D], which may be of images too."""
+        c = self.config
+        scaling = getattr(c, "rope_scaling", None)
+        inverse = rope.inverse_frequencies(c.head_dim, c.rope_theta, scaling)
+        rotation = rope.rotation(positions_BT, inverse, x_BTD.dtype, rope.attention_factor(scaling))
         for layer in self.layers:
             x_BTD = layer(x_BTD, positions_BT, rotation, attend)
         return self.norm(x_BTD)
@@ -35,7 +40,7 @@ class Decoder(nn.Module):
 class Network(nn.Module):
     """`hidden_BTD = network(tokens_BT, positions_BT, attend)`; `network.lm_head(hidden_BTD)`."""
 
-    layer: type[nn.Module]  # of the architecture
+    layer: Callable[[Any, int], nn.Module]  # makes layer n of the architecture
 
     def __init__(self, config: Any) -> None:
         super().__init__()

@@ -1,49 +1,170 @@
-"""A mixture of SwiGLU experts with sigmoid routing, balanced without an auxiliary loss.
+"""Mixtures of experts: routing, the experts' work, and what keeps their load even."""
 
-Routing and the balancing bias follow DeepSeek V3 (arXiv 2412.19437, section 2.1.2): the bias
-decides who is chosen, never how much a chosen expert counts.
-"""
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class MoE(nn.Module):
-    """E experts of width F, of which each token uses `top_k`.
+def routed(x_ND: Tensor, chosen_Nk: Tensor, weight_Nk: Tensor, gate_up_EFD: Tensor,
+           down_EDF: Tensor, weigh_input: bool = False) -> Tensor:
+    """Sum over each token's k chosen experts of weight * expert(x), or of expert(weight * x) with
+    `weigh_input`; an expert is down(silu(gate(x)) * up(x)). [N, D]
 
-    `expert_bias` [E] is set by training from `tokens_per_expert`, counted in training mode.
+    `chosen_Nk` are int64 numbers of experts. `gate_up_EFD` [E, 2F, D] holds gates above ups,
+    `down_EDF` is [E, D, F]; views will do. Tokens are sorted, so that each expert meets one block.
     """
+    N, k = chosen_Nk.shape
+    expert_M, order_M = chosen_Nk.flatten().sort(stable=True)
+    token_M = order_M // k
+    x_MD = x_ND[token_M]
+    weight_M1 = weight_Nk.flatten()[order_M, None].to(x_ND.dtype)
+    if weigh_input:
+        x_MD = x_MD * weight_M1
+    numbers_E = torch.arange(len(gate_up_EFD), device=x_ND.device)
+    end_E = torch.searchsorted(expert_M, numbers_E, right=True)  # where each expert's block ends
+    work = _grouped if _can_group(x_MD, down_EDF) else _one_by_one
+    out_MD = work(x_MD, end_E, gate_up_EFD, down_EDF)
+    if not weigh_input:
+        out_MD = out_MD * weight_M1
+    if out_MD.is_cuda:  # where index_add would add in another order each time
+        return out_MD[order_M.argsort()].view(N, k, -1).sum(1)
+    return out_MD.new_zeros(x_ND.shape).index_add(0, token_M, out_MD)
+
+
+def _one_by_one(x_MD: Tensor, end_E: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
+    """Each expert that was chosen, on its block of tokens."""
+    # The backward passes of `split` and `unbind` write every gradient once; those of indexing
+    # would add up a whole stack for each expert.
+    blocks, out = x_MD.split(end_E.diff(prepend=end_E.new_zeros(1)).tolist()), []
+    for block_mD, gate_up_FD, down_DF in zip(blocks, gate_up_EFD.unbind(), down_EDF.unbind(),
+                                             strict=True):
+        if len(block_mD):
+            gate, up = F.linear(block_mD, gate_up_FD).chunk(2, dim=-1)
+            out.append(F.linear(F.silu(gate) * up, down_DF))
+    return torch.cat(out) if out else x_MD
+
+
+def _grouped(x_MD: Tensor, end_E: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
+    """All experts in two grouped matrix products, without waiting for the device."""
+    dtype, ends_E = _product_dtype(x_MD), end_E.to(torch.int32)
+    gate_up, down = (w.to(dtype).transpose(1, 2) for w in (gate_up_EFD, down_EDF))
+    gate, up = F.grouped_mm(x_MD.to(dtype), gate_up, offs=ends_E).chunk(2, dim=-1)
+    return F.grouped_mm(F.silu(gate) * up, down, offs=ends_E)
+
+
+def _can_group(x_MD: Tensor, down_EDF: Tensor) -> bool:
+    """Whether PyTorch's grouped kernels take it: bfloat16 on CUDA from compute capability 8.0 on,
+    rows of a multiple of 16 bytes."""
+    return (x_MD.is_cuda and len(x_MD) > 0 and _product_dtype(x_MD) == torch.bfloat16
+            and down_EDF.shape[1] % 8 == down_EDF.shape[2] % 8 == 0
+            and torch.cuda.get_device_capability(x_MD.device) >= (8, 0))
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of matrix products with x: autocast's where it is on, which grouped ones ignore."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+class Experts(nn.Module):
+    """E SwiGLU experts of width F, stacked: gate_up_proj [E, 2F, D] and down_proj [E, D, F]."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, experts: int) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * intermediate_size, hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(experts, hidden_size, intermediate_size))
+
+    def forward(self, x_ND: Tensor, chosen_Nk: Tensor, weight_Nk: Tensor) -> Tensor:
+        return routed(x_ND, chosen_Nk, weight_Nk, self.gate_up_proj, self.down_proj)
+
+
+class Balanced(nn.Module):
+    """A router kept even without an auxiliary loss (DeepSeek V3, arXiv 2412.19437, section 2.1.2):
+    a bias decides who is chosen, never how much a chosen expert counts.
+
+    The bias is a float32 buffer [E] with the name that files give it, `bias_name`. `forward` calls
+    `count` with what it chose; training calls `balance` after each step.
+    """
+
+    bias_name = "expert_bias"
+
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        self.register_buffer(self.bias_name, torch.zeros(experts))
+        self.tokens_per_expert = torch.zeros(experts, device="cpu")  # even when built on meta
+
+    def count(self, chosen_Nk: Tensor) -> None:
+        """Add to `tokens_per_expert`, in training mode."""
+        if self.training:
+            count_E = torch.bincount(chosen_Nk.flatten(), minlength=len(self.tokens_per_expert))
+            self.tokens_per_expert = self.tokens_per_expert.to(count_E.device) + count_E
+
+    def balance(self, load_E: Tensor, rate: float) -> None:
+        """Move each expert's bias by `rate`, down if its load is above the mean, and count anew."""
+        bias_E = self.get_buffer(self.bias_name)
+        bias_E += rate * torch.sign(load_E.mean() - load_E).to(bias_E)
+        self.tokens_per_expert.zero_()
+
+
+class MoE(Balanced):
+    """Vicugna's mixture: of E experts of width F each token uses `top_k`, chosen and weighed by
+    the sigmoids of their scores, normalised."""
 
     expert_bias: Tensor
 
     def __init__(self, hidden_size: int, intermediate_size: int, experts: int, top_k: int) -> None:
-        super().__init__()
+        super().__init__(experts)
         self.top_k = top_k
         self.router = nn.Linear(hidden_size, experts, bias=False)
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * intermediate_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden_size, intermediate_size))
-        self.register_buffer("expert_bias", torch.zeros(experts))
-        self.tokens_per_expert = torch.zeros(experts, device="cpu")  # even when built on meta
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
+        x_ND = x_BTD.flatten(0, 1)
         score_NE = torch.sigmoid(self.router(x_ND).float())
         chosen_Nk = (score_NE + self.expert_bias).topk(self.top_k, dim=-1).indices
         weight_Nk = score_NE.gather(-1, chosen_Nk)
-        weight_Nk = (weight_Nk / weight_Nk.sum(-1, keepdim=True)).to(x_ND.dtype)
+        weight_Nk = weight_Nk / weight_Nk.sum(-1, keepdim=True)
+        self.count(chosen_Nk)
+        return routed(x_ND, chosen_Nk, weight_Nk, self.gate_up_proj, self.down_proj).view_as(x_BTD)
 
-        # Sort (token, choice) pairs by expert, so that each expert sees one contiguous block.
-        expert_M, order_M = chosen_Nk.flatten().sort(stable=True)
-        count_E = torch.bincount(expert_M, minlength=score_NE.shape[1])
-        if self.training:
-            self.tokens_per_expert = self.tokens_per_expert.to(count_E.device) + count_E
-        token_M = order_M // self.top_k
-        blocks = x_ND[token_M].split(count_E.tolist())
-        out_MD = torch.cat([self._expert(e, block) for e, block in enumerate(blocks)])
-        out_MD = out_MD * weight_Nk.flatten()[order_M, None]
-        return torch.zeros_like(x_ND).index_add(0, token_M, out_MD).reshape(x_BTD.shape)
 
-    def _expert(self, e: int, x_MD: Tensor) -> Tensor:
-        gate, up = F.linear(x_MD, self.gate_up_proj[e]).chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * up, self.down_proj[e])
+class Router(nn.Linear):
+    """Mixtral's router (arXiv 2401.04088): the `top_k` likeliest of E experts, weighed by their
+    probabilities, normalised: x [N, D] -> logits [N, E], chosen [N, k], float32 weights [N, k]."""
+
+    def __init__(self, hidden_size: int, experts: int, top_k: int) -> None:
+        super().__init__(hidden_size, experts, bias=False)
+        self.top_k = top_k
+
+    def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        logits_NE = super().forward(x_ND)
+        weight_Nk, chosen_Nk = logits_NE.float().softmax(-1).topk(self.top_k, dim=-1)
+        return logits_NE, chosen_Nk, weight_Nk / weight_Nk.sum(-1, keepdim=True)
+
+
+@contextmanager
+def listening(network: nn.Module) -> Iterator[list[Tensor]]:
+    """A list that takes the logits [N, E] of every `Router` of the network that runs meanwhile."""
+    heard: list[Tensor] = []
+    hooks = [module.register_forward_hook(lambda _, __, out: heard.append(out[0]))
+             for module in network.modules() if isinstance(module, Router)]
+    try:
+        yield heard
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def balance_loss(logits_LNE: Tensor, top_k: int) -> Tensor:
+    """The auxiliary loss that pulls the `Router`s of L layers to an even load: E times the sum
+    over experts of its choices per token and its mean probability, both over all layers (Switch
+    Transformer, arXiv 2101.03961, eq. 4, as transformers takes it)."""
+    probability_ME = logits_LNE.flatten(0, 1).float().softmax(-1)
+    M, E = probability_ME.shape
+    chosen_Mk = probability_ME.topk(top_k, dim=-1).indices
+    count_E = torch.bincount(chosen_Mk.flatten(), minlength=E)
+    return E * (count_E * probability_ME.sum(0)).sum() / max(1, M) ** 2

@@ -1,0 +1,282 @@
+"""Llama 4 Scout and Maverick: iRoPE, a mixture of experts with a shared one, and images.
+
+Most layers turn queries and keys by RoPE and see only their own chunk of positions; every fourth
+has no position embedding, sees everything, and sharpens its queries with the position (arXiv
+2501.19399), so that attention stays peaked over long contexts. Images enter early: features of
+vision.py stand in the text in place of the embeddings of image tokens.
+Parameter names are those of Hugging Face's Llama4ForConditionalGeneration, and of Llama4ForCausalLM
+(`model_type` "llama4_text"), whose text model is the same.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vicugna.errors import VicugnaError
+from vicugna.models.layers import decoder, rope
+from vicugna.models.layers.attention import Attend, Span
+from vicugna.models.layers.config import Shape, rope_keys
+from vicugna.models.layers.mlp import SwiGLU
+from vicugna.models.layers.moe import routed
+from vicugna.models.layers.norm import RMSNorm
+from vicugna.models.layers.vision import VisionConfig, VisionModel
+
+CHUNKED, FULL = "chunked_attention", "full_attention"
+IMAGE_KEYS = ("image_token_index", "boi_token_index", "eoi_token_index")
+
+
+@dataclass(frozen=True)
+class Config(Shape):
+    """The keys of a Llama 4's config.json, with Hugging Face's defaults: those of `text_config`,
+    and beside them `vision_config` (None for a model of text alone) and the image tokens.
+
+    Lists say of each layer whether it has RoPE (1) or not (0), what it sees, and which layers have
+    experts; without them, intervals do. `attention_chunk_size` None lets all layers see everything.
+    """
+
+    vocab_size: int = 202048
+    hidden_size: int = 5120
+    intermediate_size: int = 8192  # of an expert
+    num_hidden_layers: int = 48
+    num_attention_heads: int = 40
+    num_key_value_heads: int = 8
+    head_dim: int = 128
+    max_position_embeddings: int = 131072
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 500000.0
+    rope_scaling: dict[str, Any] | None = None
+    attention_bias: bool = False
+    use_qk_norm: bool = True
+    no_rope_layers: list[int] | None = None
+    no_rope_layer_interval: int = 4
+    layer_types: list[str] | None = None
+    attention_chunk_size: int | None = 8192
+    attn_temperature_tuning: bool = True
+    floor_scale: int = 8192
+    attn_scale: float = 0.1
+    intermediate_size_mlp: int = 16384  # of a layer without experts
+    moe_layers: list[int] | None = None
+    interleave_moe_layer_step: int = 1
+    num_local_experts: int = 16
+    num_experts_per_tok: int = 1
+    vision_config: VisionConfig | None = None
+    image_token_index: int = 200092
+    boi_token_index: int = 200080
+    eoi_token_index: int = 200081
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """As `Shape.from_dict`, from either form of the file; RoPE's keys as `rope_keys`."""
+        if values.get("model_type") == "llama4":
+            text, vision = (values.get(key) or {} for key in ("text_config", "vision_config"))
+            if not isinstance(text, Mapping) or not isinstance(vision, Mapping):
+                raise VicugnaError("text_config or vision_config is not a mapping", "config.json",
+                                   "Restore the keys from the original checkpoint")
+            values = {**{key: values[key] for key in IMAGE_KEYS if key in values}, **text,
+                      "vision_config": VisionConfig.from_dict(vision)}
+        else:
+            values = {**values, "vision_config": None}
+        # Absent keys have defaults; a null head_dim means hidden_size / num_attention_heads.
+        values = {"num_key_value_heads": 8, "head_dim": 128, **values, **rope_keys(values)}
+        if isinstance(values.get("attn_temperature_tuning"), int):  # 4 in files of the release
+            values["attn_temperature_tuning"] = bool(values["attn_temperature_tuning"])
+        return super().from_dict(values)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rope.inverse_frequencies(2, self.rope_theta, self.rope_scaling)  # checks the scaling
+        for field in fields(self):
+            if field.type is int:
+                self.at_least(field.name, 0 if field.name in IMAGE_KEYS else 1)
+        chunk = self.attention_chunk_size
+        if chunk is not None and chunk < 1:
+            raise _wrong("attention_chunk_size", chunk, "It must be at least 1, or null")
+        if self.num_experts_per_tok > self.num_local_experts:
+            raise _wrong("num_experts_per_tok", self.num_experts_per_tok,
+                         f"There are {self.num_local_experts} experts (num_local_experts)")
+        for name, known in (("no_rope_layers", (0, 1)), ("layer_types", (CHUNKED, FULL))):
+            listed, N = getattr(self, name), self.num_hidden_layers
+            if listed and (len(listed) < N or any(kind not in known for kind in listed)):
+                raise _wrong(name, listed, f"It must give each of {N} layers {known[0]!r} or "
+                             f"{known[1]!r}")
+        if not all(isinstance(n, int) for n in self.moe_layers or ()):
+            raise _wrong("moe_layers", self.moe_layers, "It must be a list of layers")
+
+    def has_rope(self, layer: int) -> bool:
+        """Whether `layer` turns its queries and keys by their positions."""
+        if self.no_rope_layers:
+            return bool(self.no_rope_layers[layer])
+        return (layer + 1) % self.no_rope_layer_interval != 0
+
+    def span(self, layer: int) -> Span:
+        """What `layer` may see: its chunk if it has RoPE, unless layer_types says otherwise."""
+        chunked = (self.layer_types[layer] == CHUNKED if self.layer_types
+                   else self.has_rope(layer))
+        return Span(chunk=self.attention_chunk_size if chunked else None)
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether the feed-forward of `layer` is a mixture of experts."""
+        if self.moe_layers is not None:
+            return layer in self.moe_layers
+        return (layer + 1) % self.interleave_moe_layer_step == 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """config.json's content."""
+        text = {"model_type": "llama4_text", "architectures": ["Llama4ForCausalLM"],
+                "hidden_act": "silu", **asdict(self)}
+        del text["vision_config"]
+        images = {key: text.pop(key) for key in IMAGE_KEYS}
+        if self.vision_config is None:
+            return text
+        return {"model_type": "llama4", "architectures": ["Llama4ForConditionalGeneration"],
+                "text_config": text, "vision_config": self.vision_config.to_dict(), **images,
+                "tie_word_embeddings": self.tie_word_embeddings}
+
+
+def _wrong(name: str, value: Any, fix: str) -> VicugnaError:
+    return VicugnaError(f"{name} is {value}", "config.json", fix)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Config, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        self.has_rope, self.span = config.has_rope(layer), config.span(layer)
+        self.H, self.G = config.num_attention_heads, config.num_key_value_heads
+        self.K = config.head_dim
+        D, bias = config.hidden_size, config.attention_bias
+        self.q_proj = nn.Linear(D, self.H * self.K, bias=bias)
+        self.k_proj = nn.Linear(D, self.G * self.K, bias=bias)
+        self.v_proj = nn.Linear(D, self.G * self.K, bias=bias)
+        self.o_proj = nn.Linear(self.H * self.K, D, bias=bias)
+
+    def forward(self, x_BTD: Tensor, positions_BT: Tensor, rotation: tuple[Tensor, Tensor],
+                attend: Attend) -> Tensor:
+        B, T, _ = x_BTD.shape
+        q = self.q_proj(x_BTD).view(B, T, self.H, self.K)
+        k = self.k_proj(x_BTD).view(B, T, self.G, self.K)
+        v = self.v_proj(x_BTD).view(B, T, self.G, self.K)
+        if self.has_rope:
+            q, k = rope.rotate_pairs(q, *rotation), rope.rotate_pairs(k, *rotation)
+            if self.config.use_qk_norm:
+                q, k = (F.rms_norm(x.float(), (self.K,), eps=self.config.rms_norm_eps).to(v.dtype)
+                        for x in (q, k))
+        elif self.config.attn_temperature_tuning:
+            q = (q * self.sharpness(positions_BT)[:, :, None, None]).to(v.dtype)
+        return self.o_proj(attend(self.layer, q, k, v, self.span).reshape(B, T, self.H * self.K))
+
+    def sharpness(self, positions_BT: Tensor) -> Tensor:
+        """Factor on the queries, float32 [B, T]: 1 up to position floor_scale - 2, then growing
+        with the logarithm of the position. A token's own position counts, not the padding before
+        it: hence a row says the same in every batch (transformers counts the padding too)."""
+        floors = torch.floor((positions_BT.float() + 1) / self.config.floor_scale)
+        return torch.log1p(floors) * self.config.attn_scale + 1
+
+
+class Experts(nn.Module):
+    """E SwiGLU experts of width F as files hold them: input before output, the transpose of
+    nn.Linear: gate_up_proj [E, D, 2F] and down_proj [E, F, D]."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        E, D, F = config.num_local_experts, config.hidden_size, config.intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(E, D, 2 * F))
+        self.down_proj = nn.Parameter(torch.empty(E, F, D))
+
+    def forward(self, x_ND: Tensor, chosen_Nk: Tensor, weight_Nk: Tensor) -> Tensor:
+        gate_up_EFD, down_EDF = (w.transpose(1, 2) for w in (self.gate_up_proj, self.down_proj))
+        return routed(x_ND, chosen_Nk, weight_Nk, gate_up_EFD, down_EDF, weigh_input=True)
+
+
+class MoE(nn.Module):
+    """A shared expert for every token, and the `top_k` with the highest scores, each of which is
+    given the token times the sigmoid of its score."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.top_k = config.num_experts_per_tok
+        self.router = nn.Linear(config.hidden_size, config.num_local_experts, bias=False)
+        self.experts = Experts(config)
+        self.shared_expert = SwiGLU(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        x_ND = x_BTD.flatten(0, 1)
+        score_Nk, chosen_Nk = self.router(x_ND).topk(self.top_k, dim=-1)
+        routed_ND = self.experts(x_ND, chosen_Nk, score_Nk.float().sigmoid())
+        return (self.shared_expert(x_ND) + routed_ND).view_as(x_BTD)
+
+
+class Layer(nn.Module):
+    def __init__(self, config: Config, layer: int) -> None:
+        super().__init__()
+        D, F = config.hidden_size, config.intermediate_size_mlp
+        self.input_layernorm = RMSNorm(D, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(D, config.rms_norm_eps)
+        self.feed_forward = MoE(config) if config.has_experts(layer) else SwiGLU(D, F)
+
+    def forward(self, x_BTD: Tensor, positions_BT: Tensor, rotation: tuple[Tensor, Tensor],
+                attend: Attend) -> Tensor:
+        h_BTD = self.input_layernorm(x_BTD)
+        x_BTD = x_BTD + self.self_attn(h_BTD, positions_BT, rotation, attend)
+        return x_BTD + self.feed_forward(self.post_attention_layernorm(x_BTD))
+
+
+class Text(decoder.Network):
+    """The text model: all of a "llama4_text", the `language_model` of a "llama4"."""
+
+    layer = Layer
+
+
+class Multimodal(nn.Module):
+    """`hidden_BTD = network(tokens_BT, positions_BT, attend, images)`: text with images in it."""
+
+    def __init__(self, config: Config, vision: VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.language_model = Text(config)
+        self.vision_model = VisionModel(vision)
+        self.multi_modal_projector = nn.ModuleDict({
+            "linear_1": nn.Linear(vision.vision_output_dim, config.hidden_size, bias=False)})
+
+    @property
+    def model(self) -> nn.Module:
+        """The decoder, where the networks of text alone have it."""
+        return self.language_model.model
+
+    @property
+    def lm_head(self) -> nn.Module:
+        """As of the networks of text alone."""
+        return self.language_model.lm_head
+
+    def forward(self, tokens_BT: Tensor, positions_BT: Tensor, attend: Attend,
+                images: Tensor | None = None) -> Tensor:
+        """As `decoder.Network`. `images` holds pixel values [tiles, 3, H, W] of all tiles in these
+        tokens, row by row; their features, in order, replace the embeddings of the image tokens.
+
+        Raises VicugnaError unless there are as many image tokens as features, or for tiles of a
+        wrong size. Without `images`, image tokens keep their own embedding.
+        """
+        if images is None:
+            return self.language_model(tokens_BT, positions_BT, attend)
+        project, index = self.multi_modal_projector["linear_1"], self.config.image_token_index
+        features_MD = project(self.vision_model(images).flatten(0, 1))
+        stands_BT = tokens_BT == index
+        if (count := int(stands_BT.sum())) != len(features_MD):
+            raise VicugnaError(f"{count} image tokens, but {len(images)} tiles make "
+                               f"{len(features_MD)} features", "images",
+                               f"Write token {index} once for each feature of a tile")
+        decoder_ = self.language_model.model
+        x_BTD = decoder_.embed_tokens(tokens_BT)
+        x_BTD = x_BTD.masked_scatter(stands_BT[:, :, None], features_MD.to(x_BTD.dtype))
+        return decoder_.above(x_BTD, positions_BT, attend)
+
+
+def Network(config: Config) -> nn.Module:
+    """The network of `config`: with eyes if it has a `vision_config`."""
+    vision = config.vision_config
+    return Text(config) if vision is None else Multimodal(config, vision)

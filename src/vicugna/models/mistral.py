@@ -1,0 +1,56 @@
+"""Mistral 7B, Nemo and Small: a Llama whose attention may see a sliding window only.
+
+Jiang et al., arXiv 2310.06825. Parameter names are those of Hugging Face's MistralForCausalLM.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+from vicugna.models.layers import decoder, rope
+from vicugna.models.layers.attention import Span
+from vicugna.models.layers.config import Shape, rope_keys, spans
+from vicugna.models.layers.mlp import SwiGLU
+from vicugna.models.llama import Attention, Layer
+
+
+@dataclass(frozen=True)
+class Config(Shape):
+    """The keys of a Mistral's config.json, with Hugging Face's defaults. `sliding_window` None
+    lets every layer see all; `layer_types`, where given, says which layers have the window."""
+
+    max_position_embeddings: int = 131072
+    rope_scaling: dict[str, Any] | None = None
+    sliding_window: int | None = 4096
+    layer_types: list[str] | None = None
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """As `Shape.from_dict`; RoPE's keys as `rope_keys`."""
+        return super().from_dict({**values, **rope_keys(values)})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rope.inverse_frequencies(2, self.rope_theta, self.rope_scaling)  # checks the scaling
+        self.spans()
+
+    def spans(self) -> list[Span]:
+        """What each layer sees."""
+        usual = "full_attention" if self.sliding_window is None else "sliding_attention"
+        kinds = self.layer_types or [usual] * self.num_hidden_layers
+        return spans(kinds, self.sliding_window, self.num_hidden_layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """config.json's content."""
+        values = asdict(self)
+        if self.layer_types is None:  # the bare key makes transformers take it for a Ministral
+            del values["layer_types"]
+        return {"model_type": "mistral", "architectures": ["MistralForCausalLM"],
+                "hidden_act": "silu", **values}
+
+
+class Network(decoder.Network):
+    @staticmethod
+    def layer(config: Config, n: int) -> Layer:
+        return Layer(config, Attention(config, n, config.spans()[n]),
+                     SwiGLU(config.hidden_size, config.intermediate_size))

@@ -1,0 +1,100 @@
+"""Mixtral: a Mistral whose feed-forward is a mixture of experts, two of eight for each token.
+
+Jiang et al., arXiv 2401.04088. Parameter names are those of the published files, in which every
+expert's matrices w1 (gate), w3 (up) and w2 (down) are tensors of their own: see `pieces`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+from torch import Tensor, nn
+
+from vicugna.errors import VicugnaError
+from vicugna.models.layers import decoder, rope
+from vicugna.models.layers.attention import Attend, Span
+from vicugna.models.layers.config import Shape, rope_keys
+from vicugna.models.layers.moe import Experts, Router
+from vicugna.models.layers.norm import RMSNorm
+from vicugna.models.llama import Attention
+
+
+@dataclass(frozen=True)
+class Config(Shape):
+    """The keys of a Mixtral's config.json, with Hugging Face's defaults. `sliding_window` None
+    lets every layer see all.
+
+    Training adds `router_aux_loss_coef` times the balance loss of the routers. The noise that
+    other trainers give a router, `router_jitter_noise`, is kept for them and not used.
+    """
+
+    max_position_embeddings: int = 131072
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 1000000.0
+    rope_scaling: dict[str, Any] | None = None
+    sliding_window: int | None = None
+    num_local_experts: int = 8
+    num_experts_per_tok: int = 2
+    router_aux_loss_coef: float = 0.001
+    router_jitter_noise: float = 0.0
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """As `Shape.from_dict`; RoPE's keys as `rope_keys`."""
+        return super().from_dict({**values, **rope_keys(values)})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rope.inverse_frequencies(2, self.rope_theta, self.rope_scaling)  # checks the scaling
+        if self.sliding_window is not None:
+            self.at_least("sliding_window", 1)
+        if not 1 <= self.num_experts_per_tok <= self.num_local_experts:
+            raise VicugnaError(f"num_experts_per_tok is {self.num_experts_per_tok}", "config.json",
+                               f"It must be from 1 to num_local_experts ({self.num_local_experts})")
+
+    def to_dict(self) -> dict[str, Any]:
+        """config.json's content."""
+        return {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"],
+                "hidden_act": "silu", **asdict(self)}
+
+
+class SparseMoe(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        D, E = config.hidden_size, config.num_local_experts
+        self.gate = Router(D, E, config.num_experts_per_tok)
+        self.experts = Experts(D, config.intermediate_size, E)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        x_ND = x_BTD.flatten(0, 1)
+        _, chosen_Nk, weight_Nk = self.gate(x_ND)
+        return self.experts(x_ND, chosen_Nk, weight_Nk).view_as(x_BTD)
+
+
+class Layer(nn.Module):
+    def __init__(self, config: Config, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer, Span(config.sliding_window))
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.block_sparse_moe = SparseMoe(config)
+
+    def forward(self, x_BTD: Tensor, positions_BT: Tensor, rotation: tuple[Tensor, Tensor],
+                attend: Attend) -> Tensor:
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotation, attend)
+        return x_BTD + self.block_sparse_moe(self.post_attention_layernorm(x_BTD))
+
+
+class Network(decoder.Network):
+    layer = Layer
+
+
+def pieces(name: str, config: Config) -> list[str] | None:
+    """The tensors of files that make up our stacked parameter `name`, in order; None for a
+    parameter stored under its own name."""
+    stem, _, kind = name.rpartition(".")
+    parts = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}.get(kind)
+    if parts is None or not stem.endswith("experts"):
+        return None
+    return [f"{stem}.{expert}.{part}.weight" for expert in range(config.num_local_experts)
+            for part in parts]
