@@ -14,7 +14,8 @@ from vicugna.errors import VicugnaError
 from vicugna.models.layers.attention import Dense
 from vicugna.tokenizer import Tokenizer
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "auto": None}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
+          "auto": None}
 Prompt = str | list[dict[str, Any]]
 
 
@@ -34,7 +35,7 @@ class Generation:
 
 def load(path: str | Path, dtype: str = "float32", device: str = "cpu") -> "Model":
     """Load the checkpoint in folder `path`, or of Hub id `org/name[@revision]`; `dtype` is
-    "float32", "bfloat16", or "auto" for what is stored. Raises VicugnaError."""
+    "float32", "bfloat16", "float16", or "auto" for what is stored. Raises VicugnaError."""
     if dtype not in DTYPES:
         raise VicugnaError(f"unknown dtype {dtype!r}", "load", f"Use one of {', '.join(DTYPES)}")
     try:
@@ -66,16 +67,21 @@ class Model:
     def digest(self) -> str:
         """SHA-256 (hex) of what is loaded (see checkpoint/digest.py), computed on first use, and
         again once something was replaced or a weight was trained."""
-        state, more = self.network.state_dict(), (self.tokenizer, dict(self.generation_config))
-        seen = [(tensor.data_ptr(), tensor._version) for tensor in state.values()], more
+        tensors = checkpoint.named_tensors(self.network)
+        more = self.tokenizer, dict(self.generation_config)
+        seen = [(tensor.data_ptr(), tensor._version) for tensor in tensors.values()], more
         if self._digest is None or self._digest[0] != seen:
-            self._digest = seen, checkpoint.digest(state, self.config.to_dict(), *more)
+            self._digest = seen, checkpoint.digest(tensors, self.config.to_dict(), *more)
         return self._digest[1]
 
     @torch.no_grad()
-    def logits(self, tokens_BT: Tensor | Sequence[Sequence[int]]) -> Tensor:
-        """Logits after every token, float32 [B, T, V], from one forward pass without a cache;
-        VicugnaError unless the tokens are a rectangle [B, T] of ids in the vocabulary."""
+    def logits(self, tokens_BT: Tensor | Sequence[Sequence[int]],
+               images: Tensor | None = None) -> Tensor:
+        """Logits after every token, float32 [B, T, V], from one forward pass without a cache.
+
+        `images`, for a network that sees, are pixel values [tiles, 3, H, W], in the order of the
+        image tokens that stand for them. VicugnaError unless the tokens are a rectangle [B, T] of
+        ids in the vocabulary, and the images fit them."""
         try:
             tokens = torch.as_tensor(tokens_BT)
         except (TypeError, ValueError, RuntimeError) as error:
@@ -90,7 +96,12 @@ class Model:
                                "Use this model's tokenizer")
         tokens = tokens.to(self.network.lm_head.weight.device, torch.long)
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
-        return self.network.lm_head(self.network(tokens, positions, Dense())).float()
+        seen = {}
+        if images is not None:
+            if not hasattr(self.network, "vision_model"):
+                raise VicugnaError("this model has no vision encoder", "logits", "Leave images out")
+            seen["images"] = torch.as_tensor(images).to(tokens.device)
+        return self.network.lm_head(self.network(tokens, positions, Dense(), **seen)).float()
 
     def generate(self, prompt: Prompt, **settings: Any) -> Generation:
         """Continue a text (after the beginning-of-text token), or answer a list of {"role",
@@ -101,7 +112,7 @@ class Model:
         done = engine.generate(self.network, tokenizer, [tokens], sampling)[0]
         read, said = len(tokens), len(done.tokens)
         usage = {"prompt_tokens": read, "completion_tokens": said, "total_tokens": read + said}
-        return Generation(done.text, tokenizer.split_reasoning(done.tokens)[0], done.tokens,
+        return Generation(done.text, tokenizer.split_reasoning(done.tokens, tokens)[0], done.tokens,
                           done.logprobs, done.finish_reason, usage)
 
     def stream(self, prompt: Prompt, **settings: Any) -> Iterator[Delta]:
@@ -121,5 +132,5 @@ class Model:
         except TypeError as error:  # a name that Sampling does not have, or a value's type
             known = ", ".join(field.name for field in fields(Sampling))
             raise VicugnaError(str(error), "sampling", f"The settings are {known}") from error
-        tokens = [tok.bos_id, *tok.encode(prompt)] if isinstance(prompt, str) else tok.chat(prompt)
+        tokens = tok.prompt(prompt) if isinstance(prompt, str) else tok.chat(prompt)
         return tok, tokens, sampling

@@ -73,8 +73,8 @@ def controls(tok: Tokenizer, ids: list[int]) -> list[int]:
 
 
 hostile = st.lists(st.sampled_from(
-    [*SPECIAL, *VISIBLE, "<", "|", "<|eot", "_id|>", ">", "\n", " ", "x", "\ue000", "\ue001",
-     '"', "\\", "user"])).map("".join)
+    [*SPECIAL, *VISIBLE, "<", "|", "<|eot", "_id|>", ">", "\n", " ", "x", "\U00020000",
+     "\U00020001", '"', "\\", "user"])).map("".join)
 
 
 @given(texts=st.lists(hostile, min_size=9, max_size=9))
@@ -169,6 +169,7 @@ def with_template(tok: Tokenizer, folder: Path, template: str) -> Tokenizer:
     "{{ 'a' * 10**9 }}", "{{ 10 ** 10 ** 10 }}", "{{ 'a'.ljust(10000) }}", "{{ '%9999999d' % 3 }}",
     "{{ '{:99999999}'.format(3) }}", "{{ 'a' | center(10000) }}", "{{ lipsum() }}",
     "{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}",
+    "{% set x = 'a' * 29000 %}" + "{{ x | list | sort | join | length }}" * 1600, "x" * 60_001,
     "{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}", "{{ cycler.__init__.__globals__ }}",
     "{{ raise_exception('not like this') }}", "{% for x in messages %}", "{{ messages[9].role.x }}",
 ])
@@ -186,10 +187,10 @@ def test_a_template_that_trims_and_splits_is_safe(tok: Tokenizer, tmp_path: Path
     assert controls(tok, ids) == [tok.bos_id, tok.id_of("<|eot_id|>")]
 
 
-def test_running_out_of_private_characters_is_an_error(tok: Tokenizer) -> None:
-    every = "".join(map(chr, [*range(0xE000, 0xF900), *range(0xF0000, 0x10FFFE)]))
+def test_running_out_of_rare_characters_is_an_error(tok: Tokenizer) -> None:
+    every = "".join(map(chr, range(0x20000, 0x2A6DE)))
     assert tok.chat([{"role": "user", "content": every}])
-    with pytest.raises(VicugnaError, match="private-use"):
+    with pytest.raises(VicugnaError, match="rare ideograph"):
         tok.chat([{"role": "user", "content": every + "<"}])
 
 

@@ -82,8 +82,9 @@ class Local:
                 return [Reply(error=fault)]
             # One bad prompt must not take its batch with it.
             return [reply for one in asked for reply in self._generate([one])]
-        return [Reply(text, reasoning, len(one.tokens), one.finish_reason) for one in done
-                for reasoning, text in [self.tokenizer.split_reasoning(one.tokens)]]
+        return [Reply(text, reasoning, len(one.tokens), one.finish_reason)
+                for one, prompt in zip(done, prompts, strict=True)
+                for reasoning, text in [self.tokenizer.split_reasoning(one.tokens, prompt)]]
 
 
 def run(model: Any, plan: Sequence[PlannedItem], folder: str | Path, *, batch_size: int = 32,

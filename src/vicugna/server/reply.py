@@ -55,7 +55,7 @@ class ReasoningSplitter:
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: list[int]) -> None:
-        opened = tokenizer.id_of(OPEN) in prompt[-2:]  # as some templates do themselves
+        opened = tokenizer.opens_reasoning(prompt)  # as some templates do themselves
         self._text, self._given = OPEN if opened else "", ("", "")
         self.inside = opened  # whether the text so far ends inside the reasoning
 

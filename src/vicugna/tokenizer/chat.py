@@ -1,8 +1,7 @@
 """From messages to marked text, in which nothing that a person wrote can be a control token."""
 
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial, reduce
-from itertools import chain
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,8 @@ from vicugna.tokenizer.sandbox import Template
 
 Message = dict[str, Any]
 ROLES = ("system", "user", "assistant", "tool")
+REASONING = ("reasoning_content", "thinking", "reasoning")  # its names in templates
+RARE = (0x20000, 0x2A6DE)
 TEMPLATE = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
 
 
@@ -29,7 +30,7 @@ def _problem(message: Any) -> str | None:
     if not isinstance(message, dict):
         return f"a message must be an object, not {type(message).__name__}"
     role = message.get("role")
-    if role not in ROLES:
+    if role not in (*ROLES, "ipython"):  # Llama's own name for a tool
         return f"role must be one of {', '.join(ROLES)}, not {str(role)[:40]!r}"
     calls = message.get("tool_calls")
     if calls and role != "assistant":
@@ -37,13 +38,21 @@ def _problem(message: Any) -> str | None:
     content = message.get("content")
     if content is None and not calls:
         return "content is missing"
-    if not isinstance(content, str | None):
-        return f"content must be text, not {type(content).__name__}"
-    if not isinstance(message.get("reasoning") or "", str):
+    if not (isinstance(content, str | None) or _is_parts(content)
+            or (role in ("tool", "ipython") and isinstance(content, dict | list))):
+        return ('content must be text, or a list of parts such as {"type": "text", "text": "..."}, '
+                f"not {type(content).__name__}")
+    if not all(isinstance(message.get(key), str | None) for key in REASONING):
         return "reasoning must be text"
     if calls is not None and not (isinstance(calls, list) and all(map(_is_call, calls))):
         return 'tool_calls must be a list of {"name": "...", "arguments": {...}}'
     return None
+
+
+def _is_parts(content: Any) -> bool:
+    return isinstance(content, list) and all(
+        isinstance(part, dict) and isinstance(part.get("type"), str)
+        and (part["type"] != "text" or isinstance(part.get("text"), str)) for part in content)
 
 
 def _is_call(call: Any) -> bool:
@@ -53,60 +62,94 @@ def _is_call(call: Any) -> bool:
 
 
 def _mapped(value: Any, change: Callable[[str], Any]) -> Any:
-    """Any JSON with all its strings and keys changed."""
+    """Any JSON with all its strings and keys changed; the type's name for what is not JSON, such
+    as an image, whose methods are none of a template's business."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):
         return {_mapped(key, change): _mapped(item, change) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_mapped(item, change) for item in value]
-    return value
+    return value if isinstance(value, int | float | None) else f"({type(value).__name__})"
+
+
+def _as_templates_expect(message: Message) -> Message:
+    """Without null fields, and with the reasoning under its newer names too: as transformers."""
+    message = {key: value for key, value in message.items() if value is not None}
+    reasoning = [message[key] for key in REASONING if key in message]
+    return {"thinking": reasoning[0], **message, "reasoning_content": reasoning[0]
+            } if reasoning else message
+
+
+def breaking(controls: Iterable[str]) -> list[str]:
+    """What to swap in a text so that it spells none of `controls`: of each its first character that
+    does not occur in words (usually that is "<"), or the whole of a token that is a word."""
+    return sorted({next((part for part in name if not (part.isalnum() or part == "_")), name)
+                   for name in controls})
 
 
 class Renderer:
     """Renders one chat, or its beginnings, so that people's text cannot spell a control token.
 
-    The first character of every such token (usually just "<") is swapped in their text for a
-    private-use character that occurs nowhere in the input, so the template may trim, split and join
-    it. `lift` swaps them back in the pieces that are then encoded as plain text.
+    One character of every such token (see `breaking`) is swapped in their text for a rare one that
+    occurs nowhere in the input, so the template may trim, split, measure and join it; what the
+    template looks for in their text, as </think>, is swapped as well (see sandbox.py). `lift` swaps
+    them back, once the template's own control tokens are sealed.
     """
 
-    def __init__(self, template: Template, names: dict[str, str], controls: Iterable[str],
-                 messages: Any, tools: Any) -> None:
+    def __init__(self, template: Template, names: dict[str, str], messages: Any, tools: Any
+                 ) -> None:
         check_messages(messages)
-        # Hugging Face templates differ in what they call reasoning.
-        messages = [{"reasoning_content": m["reasoning"], "thinking": m["reasoning"], **m}
-                    if m.get("reasoning") else m for m in messages]
+        messages = list(map(_as_templates_expect, messages))
         texts: list[str] = []
         _mapped([messages, tools], texts.append)
         text = "".join(texts)
-        firsts = [first for first in sorted({name[0] for name in controls}) if first in text]
-        private = map(chr, chain(range(0xE000, 0xF900), range(0xF0000, 0x10FFFE)))
-        free = (mark for mark in private if mark not in text and mark not in template.source)
-        self._swaps = list(zip(firsts, free, strict=False))
-        if len(self._swaps) < len(firsts):
-            raise VicugnaError("every private-use character is in use", "messages", "Use fewer")
+        found = [part for part in template.parts if part in text]
+        # Rare ideographs, as neither case nor Python's repr changes them.
+        free = (mark for mark in map(chr, range(*RARE))
+                if mark not in text and mark not in template.source)
+        self._swaps = list(zip(found, free, strict=False))
+        if len(self._swaps) < len(found):
+            raise VicugnaError("every rare ideograph is in use", "messages", "Use fewer")
         self._messages, tools = _mapped([messages, tools], self._hide)
-        self._render = partial(template.render, len(text), tools=tools, documents=None, **names)
+        self._render = partial(template.render, len(text), self._hide, tools=tools, documents=None,
+                               **names)
 
     def _hide(self, text: str) -> str:
-        return reduce(lambda text, swap: text.replace(*swap), self._swaps, text)
+        for part, mark in self._swaps:
+            text = text.replace(part, mark + part[1:])
+        return text
 
     def lift(self, text: str) -> str:
         """Rendered text as people wrote it."""
-        return reduce(lambda text, swap: text.replace(*swap[::-1]), self._swaps, text)
+        for part, mark in self._swaps:
+            text = text.replace(mark, part[0])
+        return text
 
     def text(self, count: int | None = None, prompt: bool = False) -> str:
-        """The text of the first `count` messages (all by default), people's characters swapped."""
-        return self._render(messages=self._messages[:count], add_generation_prompt=prompt)
+        """The text of the first `count` messages (all by default), people's characters swapped.
+        VicugnaError where the template takes no parts, and would show them as a list of Python."""
+        messages = self._messages[:count]
+        text = self._render(messages=messages, add_generation_prompt=prompt)
+        for index, message in enumerate(messages):
+            content = message.get("content")
+            if content and _is_parts(content) and str(content) in text:
+                raise VicugnaError("this model's chat template takes text only",
+                                   f"messages[{index}]", "Give its content as one text")
+        return text
 
     def starts(self, whole: str) -> Iterator[int]:
-        """Where in `whole`, the text of all messages, each assistant's own words begin."""
+        """Where in `whole`, the text of all messages, each assistant's own words begin: where the
+        prompt for them ends, less what the template ends only prompts with, as <think>."""
         for index, message in enumerate(self._messages):
             if message["role"] == "assistant":
-                prompt = self.text(index, prompt=True) if index else None
-                if prompt is None or not whole.startswith(prompt):
+                prompt = self.text(index, prompt=True) if index else ""
+                start = len(prompt)
+                if not whole.startswith(prompt):
+                    pairs = enumerate(zip(whole, prompt, strict=False))
+                    start = next((n for n, (a, b) in pairs if a != b), len(whole))
+                if not index or (start < len(prompt) and start < len(self.text(index))):
                     raise VicugnaError("this template cannot show what the assistant said here",
                                        f"messages[{index}]", "Begin with a system or user message, "
                                        "and use a template that leaves earlier turns unchanged")
-                yield len(prompt)
+                yield start
