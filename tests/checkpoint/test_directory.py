@@ -310,7 +310,7 @@ def test_a_broken_tokenizer(folder, tok):
     tok.save(folder)
     checkpoint.read(folder)
     (folder / "chat_template.jinja").write_bytes(b"\xff")
-    fails(folder, "not a tokenizer")
+    fails(folder, "chat_template.jinja: not UTF-8")
     (folder / "chat_template.jinja").unlink()
     edit(folder / "tokenizer_config.json", chat_template=[1])
     fails(folder, "not a tokenizer")

@@ -138,37 +138,76 @@ def test_shards(tmp_path, monkeypatch):
     assert {name: t.file.name for name, t in found.items()} == index["weight_map"]
 
 
+def read(folder: Path, name: str, dtype: torch.dtype) -> torch.Tensor:
+    found = weights.scan(sorted(folder.glob("*.safetensors")))[name]
+    return weights.Mapped().read([found], found.shape, dtype, torch.device("cpu"))
+
+
 def test_reading_maps_and_converts(tmp_path):
     weights.write(tmp_path, some_tensors())
-    found = weights.scan([tmp_path / weights.SINGLE])
-    kept = weights.read(found, {name: t.dtype for name, t in found.items()}, torch.device("cpu"))
-    wide = weights.read(found, dict.fromkeys(found, torch.float32), torch.device("cpu"))
     for name, tensor in some_tensors().items():
-        assert torch.equal(kept[name], tensor)
-        assert wide[name].dtype == torch.float32
-        assert torch.equal(wide[name], tensor.float())
+        kept, wide = (read(tmp_path, name, dtype) for dtype in (tensor.dtype, torch.float32))
+        assert kept.dtype == tensor.dtype and torch.equal(kept, tensor)
+        assert wide.dtype == torch.float32 and torch.equal(wide, tensor.float())
+
+
+def test_only_tensors_that_are_asked_for_are_read(tmp_path):
+    weights.write(tmp_path, {"a": torch.ones(4), "b": torch.full((4,), float("nan"))})
+    assert torch.equal(read(tmp_path, "a", torch.float32), torch.ones(4))
 
 
 def test_changing_a_mapped_tensor_leaves_the_file(tmp_path):
     weights.write(tmp_path, {"a": torch.ones(4)})
     before = (tmp_path / weights.SINGLE).read_bytes()
-    found = weights.scan([tmp_path / weights.SINGLE])
-    weights.read(found, {"a": torch.float32}, torch.device("cpu"))["a"].zero_()
+    read(tmp_path, "a", torch.float32).zero_()
     assert (tmp_path / weights.SINGLE).read_bytes() == before
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_values_that_are_not_finite(tmp_path, bad):
-    weights.write(tmp_path, {"a": torch.tensor([1.0, bad, 2.0])})
-    found = weights.scan([tmp_path / weights.SINGLE])
-    with pytest.raises(VicugnaError, match="1 of 3 values are NaN or infinite"):
-        weights.read(found, {"a": torch.float32}, torch.device("cpu"))
+def test_tensors_that_are_not_aligned_to_their_elements(tmp_path):
+    header = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
+    text = json.dumps(header)
+    path = raw(tmp_path, text + " " * (5 - (8 + len(text)) % 4), struct.pack("<2f", 1.5, -2.0))
+    assert int.from_bytes(path.read_bytes()[:8], "little") % 4
+    for dtype in (torch.float32, torch.float64):
+        assert read(tmp_path, "a", dtype).tolist() == [1.5, -2.0]
 
 
-def test_a_sum_that_overflows_is_no_fault(tmp_path):
-    weights.write(tmp_path, {"a": torch.full((4,), 3e38)})
-    found = weights.scan([tmp_path / weights.SINGLE])
-    weights.read(found, {"a": torch.float32}, torch.device("cpu"))
+def test_a_file_that_shrank_since_its_header_was_read(tmp_path):
+    weights.write(tmp_path, {"a": torch.ones(5000)})
+    found = weights.scan([tmp_path / weights.SINGLE])["a"]
+    os.truncate(tmp_path / weights.SINGLE, 100)
+    with pytest.raises(VicugnaError, match="cannot be read"):
+        weights.Mapped().tensor(found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("asked", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bad", [float("nan"), -float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(("size", "at"), [(3, 1), (1, 0), (100_003, 0), (100_003, 100_002)])
+def test_values_that_are_not_finite(tmp_path, dtype, asked, bad, size, at):
+    tensor = torch.randn(size).to(dtype)
+    tensor[at] = bad
+    weights.write(tmp_path, {"a": tensor})
+    with pytest.raises(VicugnaError, match=f"1 of {size:,} values are NaN or infinite"):
+        read(tmp_path, "a", asked)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_values_at_the_ends_of_a_dtype_are_no_fault(tmp_path, dtype):
+    """Such as a sum that would overflow."""
+    ends = torch.finfo(dtype)
+    tensor = torch.tensor([ends.max, ends.min, ends.tiny, -0.0], dtype=dtype).repeat(9000)
+    weights.write(tmp_path, {"a": tensor, "b": tensor.abs()})
+    for name, due in (("a", tensor), ("b", tensor.abs())):
+        assert torch.equal(read(tmp_path, name, dtype), due)
+
+
+@pytest.mark.parametrize("asked", [torch.float16, torch.float32])
+def test_values_that_do_not_fit_the_dtype(tmp_path, asked):
+    tensor = torch.tensor([1.0, 1e39, -2.0], dtype=torch.float64)
+    weights.write(tmp_path, {"a": tensor})
+    with pytest.raises(VicugnaError, match=f"1 of 3 values are too large for {asked}"):
+        read(tmp_path, "a", asked)
 
 
 def test_integers_are_not_written(tmp_path):

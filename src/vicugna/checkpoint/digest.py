@@ -22,28 +22,25 @@ NOTES = frozenset({"architectures", "auto_map", "dtype", "torch_dtype", "transfo
                    "_name_or_path", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache"})
 
 
-def digest(state: Mapping[str, Tensor], config: Mapping[str, Any], tokenizer: Tokenizer | None,
+def digest(tensors: Mapping[str, Tensor], config: Mapping[str, Any], tokenizer: Tokenizer | None,
            generation_config: Mapping[str, Any]) -> str:
     """SHA-256 (hex) of a model.
 
-    `state` is a network's state_dict() (a tied lm_head counts once), `config` its config.to_dict().
-    Tensors are hashed in place, a thread a core, then their hashes in the order of their names.
+    `tensors` are `named_tensors(network)`, `config` is the network's config.to_dict(). Tensors are
+    hashed in place, a thread a core, then their hashes in the order of their names.
     """
-    stored = {name: state[name] for name in sorted(state) if not is_tied(name, config)}
+    def entry(name: str) -> list[Any]:
+        tensor = tensors[name]
+        return [name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape),
+                hashlib.sha256(raw_bytes(tensor)).hexdigest()]
+
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        hashes = list(threads.map(lambda tensor: hashlib.sha256(raw_bytes(tensor)).hexdigest(),
-                                  stored.values()))
+        entries = list(threads.map(entry, sorted(tensors)))
     return digest_of({
-        "tensors": [[name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape), sha]
-                    for (name, tensor), sha in zip(stored.items(), hashes, strict=True)],
+        "tensors": entries,
         "config": {key: value for key, value in config.items() if key not in NOTES},
         "tokenizer": tokenizer.digest if tokenizer else None,
         "generation_config": {key: value for key, value in generation_config.items()
                               if key not in ("transformers_version", "_from_model_config")},
         "quantisation": None,
     })
-
-
-def is_tied(name: str, config: Mapping[str, Any]) -> bool:
-    """Whether tensor `name` is only another name of the embeddings: not hashed, not written."""
-    return name == "lm_head.weight" and bool(config.get("tie_word_embeddings"))

@@ -3,8 +3,9 @@
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -12,25 +13,53 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vicugna import models
-from vicugna.checkpoint import weights
-from vicugna.checkpoint.digest import digest, is_tied
-from vicugna.checkpoint.weights import broken, short
+from vicugna.checkpoint import fit, weights
+from vicugna.checkpoint.digest import digest
+from vicugna.checkpoint.weights import Stored, broken, short
 from vicugna.errors import VicugnaError
 from vicugna.files import canonical, disk_errors, read_json, replacing_folder, write_json
+from vicugna.tokenizer import FILES as TOKENIZERS
 from vicugna.tokenizer import Tokenizer
 
 HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?")
-CHECKPOINT_FILE = re.compile(r"\.(safetensors|json|jinja)$|^modeling_\w+\.py$")
-HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt"]
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+CHECKPOINT_FILE = re.compile(r"\.(safetensors|json|jinja|model)$|^merges\.txt$|^modeling_\w+\.py$")
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+# Of tokenizers, chat templates and processors of images: kept as they are when a model is saved.
+KEPT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+              "added_tokens.json", "tokenizer.model", "vocab.json", "merges.txt",
+              "chat_template.jinja", "chat_template.json", "processor_config.json",
+              "preprocessor_config.json")
+TEMPLATES = "additional_chat_templates"  # a folder of *.jinja
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
-JSON_BYTES = 20 * 10**6  # an index of 150,000 tensors
+JSON_BYTES, INDEX_BYTES = 10**6, 20 * 10**6  # an index of 150,000 tensors
+KEPT_BYTES = 50 * 10**6  # of all of them; the largest tokenizer.json has 33
 HUB_ERRORS = {
     "GatedRepoError": ("the Hub asks for an approved account", "Ask there, then: hf auth login"),
     "RepositoryNotFoundError": ("no such folder, and no such model on the Hub", "Check the name"),
     "RevisionNotFoundError": ("the Hub has no such revision of it", "Check the revision")}
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a checkpoint says of itself: everything but the values of its weights.
+
+    `config` is config.json as it was read, `stored` the dtype, shape and place of every tensor by
+    name (an FP8 tensor's scale belongs to it), `files` the contents of KEPT_FILES.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    stored: dict[str, Stored]
+    tokenizer: Tokenizer | None
+    generation_config: dict[str, Any]
+    files: dict[str, bytes]
+
+    @property
+    def source(self) -> Path:
+        """The file that says what `config` does: Hugging Face's, Meta's, or the one of all."""
+        paths = (self.folder / name for name in ("config.json", "params.json"))
+        return next((path for path in paths if path.exists()), self.folder)
 
 
 @dataclass
@@ -46,8 +75,32 @@ class Checkpoint:
     def digest(self) -> str:
         """SHA-256 (hex) of what was loaded; taken on first use, so before training goes on."""
         config: Any = self.network.config
-        return digest(self.network.state_dict(), config.to_dict(), self.tokenizer,
+        return digest(fit.named_tensors(self.network), config.to_dict(), self.tokenizer,
                       self.generation_config)
+
+
+def survey(path: str | Path) -> Survey:
+    """The facts of the checkpoint in folder `path` (in the form of Hugging Face or of Meta) or file
+    `path` (GGUF), or named by Hub id `org/name[@revision]`.
+
+    Of the weights only the headers are read, of which nothing is believed unchecked. Nothing is
+    unpickled and no code of the checkpoint is run. Raises VicugnaError.
+    """
+    from vicugna.checkpoint import gguf, meta  # which build on this module
+    with disk_errors(path):
+        folder = _locate(path)
+        if folder.suffix == ".gguf" and folder.is_file():
+            return gguf.survey(folder)
+        if original := meta.find(folder):
+            return meta.survey(original)
+        config = _read_object(folder, "config.json")
+        block = _fp8_block(config, folder)
+        stored = weights.scaled(_scan(folder), block)
+        generation_config = (_read_object(folder, "generation_config.json")
+                             if (folder / "generation_config.json").exists() else {})
+        files = _kept_files(folder)
+        tokenizer = Tokenizer(folder) if files.keys() & set(TOKENIZERS) else None
+        return Survey(folder, config, stored, tokenizer, generation_config, files)
 
 
 def read(path: str | Path, dtype: torch.dtype | None = torch.float32,
@@ -55,29 +108,22 @@ def read(path: str | Path, dtype: torch.dtype | None = torch.float32,
     """Read the checkpoint in folder `path`, or named by Hub id `org/name[@revision]`.
 
     Parameters become `dtype`; None keeps what is stored. Buffers keep the network's own dtype.
-    Weights stay a private mapping of their files where neither dtype nor device changes.
-    Nothing is unpickled and no code of the checkpoint is run. Raises VicugnaError.
+    Weights stay a private mapping of their files where neither dtype nor device changes; NaN in
+    large ones is reported when the network first runs. What the folder says besides (a Survey)
+    stays in `network.origin`, for `write`. Raises VicugnaError.
     """
+    found = survey(path)
     with disk_errors(path):
-        folder = _locate(path)
-        config = _read_object(folder, "config.json")
-        if "quantization_config" in config:
-            raise VicugnaError("its weights are quantised, which is not read", str(folder),
-                               "Use the unquantised checkpoint")
-        stored = weights.scan(_weight_files(folder))
-        network = _build(config, len(stored), folder)
-        _fill(network, stored, dtype, torch.device(device), folder)
-        generation_config = (_read_object(folder, "generation_config.json")
-                             if (folder / "generation_config.json").exists() else {})
-        files = [_inside(folder, name) for name in TOKENIZER_FILES if (folder / name).exists()]
-        tokenizer = Tokenizer(folder) if folder / "tokenizer.json" in files else None
-        return Checkpoint(config, network, tokenizer, generation_config)
+        network: Any = fit.build(found.config, found.stored, str(found.source))
+        fit.fill(network, found.stored, dtype, torch.device(device), found.folder)
+    network.origin = replace(found, stored={})
+    return Checkpoint(found.config, network, found.tokenizer, found.generation_config)
 
 
 def _locate(path: str | Path) -> Path:
     """The local folder of a checkpoint: `path` itself, or a Hub snapshot of the id it names."""
     folder = Path(os.path.expanduser(path))
-    if folder.is_dir():
+    if folder.is_dir() or (folder.suffix == ".gguf" and folder.is_file()):
         return folder
     if folder.exists():
         raise _refusal(folder) if folder.suffix in PICKLES else VicugnaError(
@@ -118,10 +164,10 @@ def _inside(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def _read_object(folder: Path, name: str) -> dict[str, Any]:
+def _read_object(folder: Path, name: str, limit: int = JSON_BYTES) -> dict[str, Any]:
     path = _inside(folder, name)
-    if path.stat().st_size > JSON_BYTES:
-        raise broken(f"over {JSON_BYTES:,} bytes", path)
+    if path.stat().st_size > limit:
+        raise broken(f"over {limit:,} bytes", path)
     value = read_json(path)
     if not isinstance(value, dict):
         raise broken("not a JSON object", path)
@@ -132,15 +178,42 @@ def _read_object(folder: Path, name: str) -> dict[str, Any]:
     return value
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, every one inside its folder."""
+def _kept_files(folder: Path) -> dict[str, bytes]:
+    """The contents of those of KEPT_FILES, and further templates, that are there."""
+    extra = sorted(path.relative_to(folder).as_posix() for path in folder.glob(f"{TEMPLATES}/*"))
+    found = [_inside(folder, name) for name in (*KEPT_FILES, *extra) if (folder / name).exists()]
+    if sum(path.stat().st_size for path in found) > KEPT_BYTES:
+        longest = max(found, key=lambda path: path.stat().st_size)
+        raise broken(f"over {KEPT_BYTES:,} bytes with the rest of the tokenizer", longest)
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+
+
+def _fp8_block(config: Mapping[str, Any], folder: Path) -> tuple[int, int] | None:
+    """Rows and columns that share a scale in a block-scaled FP8 checkpoint; None if not quantised.
+    VicugnaError for other kinds of quantised weights."""
+    how = config.get("quantization_config")
+    if how is None:
+        return None
+    how = how if isinstance(how, dict) else {"quant_method": how}
+    kind, block = how.get("quant_method"), how.get("weight_block_size")
+    if ((kind, how.get("activation_scheme")) == ("fp8", "dynamic") and isinstance(block, list)
+            and len(block) == 2 and all(type(n) is int and 1 <= n <= 4096 for n in block)):
+        return block[0], block[1]
+    raise VicugnaError(f"its weights are quantised ({short(str(kind))}), which is not read",
+                       str(folder), "Use the unquantised checkpoint, or one in FP8 whose "
+                       "weight_block_size is two sizes and activation_scheme dynamic")
+
+
+def _scan(folder: Path) -> dict[str, Stored]:
+    """Every tensor of a checkpoint, from the headers of its safetensors files, each of which is
+    inside the folder and holds what the index says."""
     if (folder / weights.SINGLE).exists():
-        return [_inside(folder, weights.SINGLE)]
+        return weights.scan([_inside(folder, weights.SINGLE)])
     if not (folder / weights.INDEX).exists():
         pickles = sorted(path for path in folder.iterdir() if path.suffix in PICKLES)
         raise _refusal(pickles[0]) if pickles else broken(
             f"neither {weights.SINGLE} nor {weights.INDEX} is there", folder)
-    shards = _read_object(folder, weights.INDEX).get("weight_map")
+    shards = _read_object(folder, weights.INDEX, INDEX_BYTES).get("weight_map")
     if not isinstance(shards, dict) or not all(
             isinstance(name, str) and name.isprintable() and len(name) < 256
             for name in shards.values()):
@@ -148,74 +221,18 @@ def _weight_files(folder: Path) -> list[Path]:
     names = sorted(set(shards.values()))
     if others := [name for name in names if not name.endswith(".safetensors")]:
         raise _refusal(folder / others[0])
-    return [_inside(folder, name) for name in names]
+    found = weights.scan([_inside(folder, name) for name in names])
+    for name, file in shards.items():
+        if name not in found or found[name].file != folder / file:
+            raise broken(f"weight_map gives {short(name)} to {file}, which does not hold it",
+                         folder / weights.INDEX)
+    return found
 
 
 def _refusal(path: Path) -> VicugnaError:
     return VicugnaError("refused: only safetensors weights are read, since pickled files can run "
                         "code when they are opened", str(path),
                         "Use the safetensors form of this checkpoint")
-
-
-def _build(config: dict[str, Any], tensors: int, folder: Path) -> nn.Module:
-    """The network, without memory for its weights yet."""
-    where, layers = str(folder / "config.json"), config.get("num_hidden_layers")
-    if isinstance(layers, int) and layers > tensors:  # or building them might take forever
-        raise broken(f"num_hidden_layers is {layers:,}, but the weights are only {tensors:,} "
-                     "tensors", where)
-    try:
-        module = models.architecture(config.get("model_type"))
-        chosen = module.Config.from_dict(config)
-        with torch.device("meta"):
-            return module.Network(chosen)
-    except VicugnaError as error:
-        raise VicugnaError(error.what, where, error.fix) from error
-    except (ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise broken(f"no network can be built from it: {reason}", where) from error
-
-
-def _fill(network: Any, stored: dict[str, weights.Stored], dtype: torch.dtype | None,
-          device: torch.device, folder: Path) -> None:
-    """Load the tensors straight into a network that has no memory yet."""
-    config, state = network.config.to_dict(), network.state_dict()
-    parameters = {name for name, _ in network.named_parameters(remove_duplicate=False)}
-    # A tied lm_head may be stored too, and (before transformers 4.31) RoPE's frequencies.
-    wanted = {name: tensor for name, tensor in state.items()
-              if name in stored or not is_tied(name, config)}
-    stored = {name: tensor for name, tensor in stored.items()
-              if not name.endswith("rotary_emb.inv_freq")}
-    _compare(wanted, stored, folder)
-    kinds = {stored[name].dtype for name in wanted if name in parameters}
-    if dtype is None and len(kinds) > 1:
-        raise VicugnaError(f"its weights are stored as {' and '.join(sorted(map(str, kinds)))}",
-                           str(folder), "Load it as one of them: dtype='float32' or 'bfloat16'")
-    dtypes = {name: (dtype or stored[name].dtype) if name in parameters else state[name].dtype
-              for name in wanted}
-    tensors = weights.read(stored, dtypes, device)
-    if config["tie_word_embeddings"]:
-        embeddings = tensors["model.embed_tokens.weight"]
-        if not torch.equal(tensors.setdefault("lm_head.weight", embeddings), embeddings):
-            raise VicugnaError("lm_head.weight differs from the embeddings, but config.json ties "
-                               "them", str(folder), "Set tie_word_embeddings to false in it")
-    network.load_state_dict(tensors, assign=True)
-    if config["tie_word_embeddings"]:
-        network.lm_head.weight = network.model.embed_tokens.weight
-    network.eval()
-
-
-def _compare(wanted: Mapping[str, Tensor], stored: Mapping[str, weights.Stored],
-             folder: Path) -> None:
-    """Raise VicugnaError unless names and shapes of the weights are those of the network."""
-    shapes = [f"{name} is {list(stored[name].shape)} instead of {list(wanted[name].shape)}"
-              for name in sorted(wanted.keys() & stored.keys())
-              if stored[name].shape != tuple(wanted[name].shape)]
-    faults = [f"{kind} {', '.join(names[:3])}" + f" and {len(names) - 3:,} more" * (len(names) > 3)
-              for kind, names in (("missing", sorted(wanted.keys() - stored.keys())),
-                                  ("unexpected", sorted(map(short, stored.keys() - wanted.keys()))),
-                                  ("wrong shape:", shapes)) if names]
-    if faults:
-        raise broken(f"the tensors do not fit config.json: {'; '.join(faults)}", folder)
 
 
 def default_generation_config(tokenizer: Tokenizer | None) -> dict[str, Any]:
@@ -229,25 +246,59 @@ def write(folder: str | Path, network: nn.Module, tokenizer: Tokenizer | None,
           generation_config: Mapping[str, Any] | None = None) -> None:
     """Write a checkpoint into `folder`, whole or not at all, replacing a checkpoint there.
 
-    The same model gives the same bytes. `generation_config` None is made from the tokenizer.
+    The same model gives the same bytes. `generation_config` None is made from the tokenizer. Of a
+    network that was read from a checkpoint, config.json keeps the keys that are not modelled here,
+    and its tokenizer's files stay as they were.
     Raises VicugnaError, also for a folder which holds anything that is not of a checkpoint.
     """
-    folder = Path(os.path.expanduser(folder)).resolve()
-    with disk_errors(folder):
-        others = [path.name for path in (folder.iterdir() if folder.exists() else ())
-                  if not path.is_file() or not CHECKPOINT_FILE.search(path.name)]
-    if others:
-        raise VicugnaError(f"the folder holds {min(others)}, which is not part of a checkpoint and "
-                           "would be lost", str(folder), "Choose another folder")
     if generation_config is None:
         generation_config = default_generation_config(tokenizer)
     written: Any = network.config
-    config = written.to_dict()
-    tensors = {name: tensor for name, tensor in network.state_dict().items()
-               if not is_tied(name, config)}
-    dtype = str(next(network.parameters()).dtype).removeprefix("torch.")
-    config |= {"dtype": dtype, "torch_dtype": dtype}  # transformers 5 reads the first name
-    config |= {key: generation_config[key] for key in TOKEN_IDS if key in generation_config}
+    config, origin = written.to_dict(), getattr(network, "origin", None)
+    if origin is None:
+        config |= {key: generation_config[key] for key in TOKEN_IDS if key in generation_config}
+    else:
+        config = _changed(origin.config, type(written).from_dict(origin.config).to_dict(), config)
+    files = origin.files if origin is not None and tokenizer is origin.tokenizer else {}
+    _write_folder(folder, fit.named_tensors(network), next(network.parameters()).dtype, config,
+                  generation_config, tokenizer, files)
+
+
+def write_tensors(folder: str | Path, found: Survey, tensors: Mapping[str, Stored]) -> None:
+    """As `write`, for the checkpoint `found` with these tensors in place of its own: each is read
+    when its turn comes. The dtype of most of them stands in config.json."""
+    sizes: Counter[torch.dtype] = Counter()
+    for tensor in tensors.values():
+        sizes[tensor.dtype] += tensor.nbytes
+    _write_folder(folder, tensors, sizes.most_common(1)[0][0], found.config,
+                  found.generation_config, found.tokenizer, found.files)
+
+
+def _changed(origin: dict[str, Any], before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """config.json as it was, with what is otherwise `now` in the config that was made of it."""
+    changed = {key: value for key, value in now.items() if value != before.get(key)}
+    if changed.keys() & {"rope_theta", "rope_scaling"}:  # these two keys say it all
+        changed |= {key: now[key] for key in ("rope_theta", "rope_scaling")}
+        origin = {key: value for key, value in origin.items() if key != "rope_parameters"}
+    return origin | changed
+
+
+def _write_folder(folder: str | Path, tensors: Mapping[str, Tensor | Stored], dtype: torch.dtype,
+                  config: Mapping[str, Any], generation_config: Mapping[str, Any],
+                  tokenizer: Tokenizer | None, files: Mapping[str, bytes]) -> None:
+    """Replace `folder`; the tokenizer's files are `files`, if there are any."""
+    folder = Path(os.path.expanduser(folder)).resolve()
+    with disk_errors(folder):
+        others = [path.name for path in (folder.iterdir() if folder.exists() else ())
+                  if not (path.name == TEMPLATES if path.is_dir()
+                          else path.is_file() and CHECKPOINT_FILE.search(path.name))]
+    if others:
+        raise VicugnaError(f"the folder holds {min(others)}, which is not part of a checkpoint and "
+                           "would be lost", str(folder), "Choose another folder")
+    # Weights are written in full, and no code is taken along but our own.
+    name = str(dtype).removeprefix("torch.")
+    config = _with_dtype({key: value for key, value in config.items() if key not in (
+        "quantization_config", "auto_map")}, name) | {"dtype": name, "torch_dtype": name}
     # Architectures that transformers does not know come with a thin file over this package.
     code = Path(__file__).with_name(f"modeling_{config['model_type']}.py")
     if code.exists():
@@ -259,7 +310,17 @@ def write(folder: str | Path, network: nn.Module, tokenizer: Tokenizer | None,
         write_json(temporary / "config.json", config)
         if generation_config:
             write_json(temporary / "generation_config.json", dict(generation_config))
-        if tokenizer:
+        for file, content in files.items():
+            (temporary / file).parent.mkdir(exist_ok=True)
+            (temporary / file).write_bytes(content)
+        if tokenizer and not files:
             tokenizer.save(temporary)
         if code.exists():
             shutil.copyfile(code, temporary / code.name)
+
+
+def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """A config whose sections, where they name a dtype, name this one."""
+    sections = {key: _with_dtype(value, dtype) for key, value in config.items()
+                if key.endswith("_config") and isinstance(value, dict)}
+    return config | sections | {key: dtype for key in ("dtype", "torch_dtype") if key in config}

@@ -1,20 +1,21 @@
 """Safetensors files: headers are checked before a byte is mapped, tensors are mapped, not read.
 
 Format: 8 bytes (little-endian length of the header), the header as JSON, the tensors' bytes without
-gaps (https://github.com/huggingface/safetensors#format).
+gaps (https://github.com/huggingface/safetensors#format). An FP8 tensor NAME is stored with
+NAME_scale_inv, a float32 factor for each block of it, as DeepSeek V3 publishes its weights
+(arXiv 2412.19437, section 3.3).
 """
 
 import json
 import math
+import mmap
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from itertools import groupby
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vicugna.errors import VicugnaError
@@ -23,18 +24,41 @@ from vicugna.files import write_json
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
-HEADER_BYTES = 4 * 10**6  # some 30,000 tensors in one file; more only serves to use up time
+HEADER_BYTES = 2 * 10**6  # some 15,000 tensors in one file; more only serves to use up time
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+FP8, SCALE = torch.float8_e4m3fn, "_scale_inv"
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies, its dtype and its shape, as the header says."""
+    """Where a tensor lies, its dtype and its shape, as the header says.
 
+    An FP8 tensor's `scale` has one factor for each `block` (rows, columns) of it. Where a file does
+    not hold the tensor as it is, `load` makes it.
+    """
+
+    name: str
     file: Path
+    begin: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+    scale: "Stored | None" = None
+    block: tuple[int, int] = (1, 1)
+    load: Callable[[], Tensor] | None = field(default=None, compare=False)
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def kind(self) -> torch.dtype:
+        """The dtype that stands for what is stored: FP8 needs its factors, so it is bfloat16."""
+        return torch.bfloat16 if self.dtype == FP8 else self.dtype
+
+    @property
+    def where(self) -> str:
+        return _where(self.file, self.name)
 
 
 def broken(what: str, where: str | Path) -> VicugnaError:
@@ -68,44 +92,68 @@ def _read_header(path: Path) -> dict[str, Stored]:
     if not isinstance(header, dict):
         raise broken("its header is not a JSON object", path)
     header.pop("__metadata__", None)
-    found = [_check_entry(name, entry, path) for name, entry in header.items()]
-    reached = 0
-    for begin, end, name, _ in sorted(found):
-        if begin != reached:
-            what = "overlaps the one before it" if begin < reached else "leaves a gap before it"
-            raise broken(f"tensor {short(name)} {what}", path)
-        reached = end
-    if (held := size - 8 - length) != reached:
-        raise broken(("truncated: " if held < reached else "") + f"the header promises {reached:,} "
-                     f"bytes of tensors, the file holds {held:,}", path)
-    return {name: tensor for _, _, name, tensor in found}
+    found = [_check_entry(name, entry, path, 8 + length) for name, entry in header.items()]
+    reached = 8 + length
+    for tensor in sorted(found, key=lambda t: (t.begin, t.nbytes, t.name)):
+        if tensor.begin != reached:
+            raise broken(("overlaps the one" if tensor.begin < reached else "leaves a gap")
+                         + " before it", tensor.where)
+        reached += tensor.nbytes
+    if size != reached:
+        raise broken(("truncated: " if size < reached else "") + f"the header promises "
+                     f"{reached - 8 - length:,} bytes of tensors, the file holds "
+                     f"{size - 8 - length:,}", path)
+    return {tensor.name: tensor for tensor in found}
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    (name, times), = Counter(name for name, _ in pairs).most_common(1) or [("", 0)]
-    if times > 1:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        (name, _), = Counter(name for name, _ in pairs).most_common(1)
         raise ValueError(f"{short(name)} stands in it twice")
-    return dict(pairs)
+    return found
 
 
-def _check_entry(name: str, entry: Any, path: Path) -> tuple[int, int, str, Stored]:
-    """Begin, end and name of the tensor that an entry of the header describes, and itself."""
-    where = f"{path} tensor {short(name)}"
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise broken("needs exactly dtype, shape and data_offsets", where)
-    dtype = DTYPES.get(str(entry["dtype"]))
+def _check_entry(name: str, entry: Any, path: Path, start: int) -> Stored:
+    """The tensor that an entry of the header describes; the tensors' bytes begin at `start`."""
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise broken("needs exactly dtype, shape and data_offsets", _where(path, name))
+    dtype = FP8 if entry["dtype"] == "F8_E4M3" else DTYPES.get(str(entry["dtype"]))
     if dtype is None:
-        raise VicugnaError(f"stored as {short(str(entry['dtype']))}, which is not read", where,
-                           f"Convert the weights to one of {', '.join(DTYPES)}")
+        raise VicugnaError(f"stored as {short(str(entry['dtype']))}, which is not read",
+                           _where(path, name), f"Convert the weights to one of {', '.join(DTYPES)}")
     shape, span = entry["shape"], entry["data_offsets"]
     if not (isinstance(shape, list) and len(shape) <= 8 and isinstance(span, list)
             and len(span) == 2 and all(type(n) is int and 0 <= n < 2**63 for n in shape + span)):
-        raise broken("its shape or offsets are not lists of sizes", where)
-    nbytes, given = math.prod(shape) * dtype.itemsize, span[1] - span[0]
-    if given != nbytes:
-        raise broken(f"shape {shape} of {entry['dtype']} takes {nbytes:,} bytes, but the header "
-                     f"gives it {given:,}", where)
-    return span[0], span[1], name, Stored(path, dtype, tuple(shape))
+        raise broken("its shape or offsets are not lists of sizes", _where(path, name))
+    tensor = Stored(name, path, start + span[0], dtype, tuple(shape))
+    if (given := span[1] - span[0]) != tensor.nbytes:
+        raise broken(f"shape {shape} of {entry['dtype']} takes {tensor.nbytes:,} bytes, but the "
+                     f"header gives it {given:,}", tensor.where)
+    return tensor
+
+
+def _where(path: Path, name: str) -> str:
+    return f"{path} tensor {short(name)}"
+
+
+def scaled(stored: Mapping[str, Stored], block: tuple[int, int] | None) -> dict[str, Stored]:
+    """`stored` with every FP8 tensor joined to its scale; `block` None means there should be none.
+    VicugnaError where a scale is missing or has another shape than the blocks."""
+    joined = dict(stored)
+    for name, tensor in stored.items():
+        if tensor.dtype != FP8:
+            continue
+        if block is None:
+            raise broken("stored as F8_E4M3, but config.json says nothing of FP8", tensor.where)
+        scale = joined.pop(name + SCALE, None)
+        due = tuple(-(-size // step) for size, step in zip(tensor.shape, block, strict=False))
+        if len(tensor.shape) != 2 or scale is None or (scale.dtype, scale.shape) != (
+                torch.float32, due):
+            raise broken(f"no float32 {short(name + SCALE)} of shape {list(due)} scales it",
+                         tensor.where)
+        joined[name] = replace(tensor, scale=scale, block=block)
+    return joined
 
 
 def short(name: str) -> str:
@@ -113,30 +161,99 @@ def short(name: str) -> str:
     return name if len(name) <= 120 and name.isprintable() else repr(name[:80]) + "..."
 
 
-def read(stored: Mapping[str, Stored], dtypes: Mapping[str, torch.dtype], device: torch.device
-         ) -> dict[str, Tensor]:
-    """The tensors themselves, each in its dtype of `dtypes`, on `device`.
+class Mapped:
+    """Private mappings of safetensors files, by which their tensors are read.
 
-    One that is stored in that dtype and stays on the CPU is a private mapping of the file: no
-    copy, and a write to it touches this process only. VicugnaError for NaN or infinity; OSError.
+    Values that are not finite raise VicugnaError when they are read; with `later`, those of
+    tensors that stay mapped are not looked at before `check` is called.
     """
-    result = {}
-    for path, names in groupby(sorted(stored, key=lambda n: stored[n].file),
-                               key=lambda n: stored[n].file):
+
+    def __init__(self, later: bool = False) -> None:
+        self._files: dict[Path, mmap.mmap] = {}
+        self._later = later
+        self.unchecked: list[tuple[Tensor, Stored]] = []
+
+    def check(self) -> None:
+        """Look at the tensors that were left for later."""
+        for tensor, stored in self.unchecked:
+            _check(tensor, tensor, stored)
+        self.unchecked = []
+
+    def tensor(self, stored: Stored) -> Tensor:
+        """A tensor as it is stored: no copy, and a write to it touches this process only.
+        VicugnaError if the file has shrunk; OSError."""
+        if stored.load is not None:
+            return stored.load()
+        if not stored.nbytes:
+            return torch.empty(stored.shape, dtype=stored.dtype)
+        if stored.file not in self._files:
+            with open(stored.file, "rb") as file:
+                self._files[stored.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                for name in names:
-                    tensor = file.get_tensor(name).to(device=device, dtype=dtypes[name])
-                    # The smallest and the largest value are NaN if any is: one quick pass.
-                    if tensor.numel() and not all(map(math.isfinite, tensor.aminmax())):
-                        bad = int((~torch.isfinite(tensor)).sum())
-                        raise VicugnaError(f"{bad:,} of {tensor.numel():,} values are NaN or "
-                                           "infinite", f"{path} tensor {short(name)}",
-                                           "Use a checkpoint from before the training diverged")
-                    result[name] = tensor
-        except SafetensorError as error:
-            raise broken(f"cannot be read: {error}", path) from error
-    return result
+            flat = torch.frombuffer(self._files[stored.file], dtype=torch.uint8,
+                                    count=stored.nbytes, offset=stored.begin)
+        except ValueError as error:
+            raise broken(f"cannot be read: {error}", stored.where) from error
+        if stored.begin % stored.dtype.itemsize:  # not aligned to its elements
+            flat = flat.clone()
+        return flat.view(stored.dtype).view(stored.shape)
+
+    def read(self, parts: Sequence[Stored], shape: Sequence[int], dtype: torch.dtype,
+             device: torch.device) -> Tensor:
+        """The tensor of `shape` whose equal parts, in order, are `parts`.
+
+        A single part stored in that dtype stays mapped on the CPU. Otherwise parts are converted
+        one by one into the result, and their pages given back: memory holds the result and at
+        most one part more. VicugnaError for NaN, infinity and values that `dtype` cannot hold.
+        """
+        if len(parts) == 1 and parts[0].dtype == dtype and device.type == "cpu":
+            whole = self.tensor(parts[0])
+            self.unchecked.append((whole, parts[0]))
+            if not self._later:
+                self.check()
+            return whole.reshape(tuple(shape))
+        whole = torch.empty(tuple(shape), dtype=dtype, device=device)
+        for part, place in zip(parts, whole.view(len(parts), *parts[0].shape), strict=True):
+            source = self.tensor(part)
+            if part.scale is None:
+                place.copy_(source)
+            else:
+                _dequantise(place, source, self.tensor(part.scale), part.block)
+            _check(place, source, part)
+            self.give_back(part)
+        return whole
+
+    def give_back(self, stored: Stored) -> None:
+        """Let the system have the memory of a tensor that is no longer used."""
+        if stored.nbytes and stored.load is None:
+            start = stored.begin // mmap.PAGESIZE * mmap.PAGESIZE
+            self._files[stored.file].madvise(mmap.MADV_DONTNEED, start,
+                                             stored.begin + stored.nbytes - start)
+
+
+def _dequantise(place: Tensor, weight: Tensor, scale: Tensor, block: tuple[int, int]) -> None:
+    """place = weight * scale in float32, one row of blocks after the other; the last blocks of a
+    row or column may be cut off by the edge."""
+    rows, columns = block
+    for n, factors in enumerate(scale.to(place.device)):
+        band = slice(n * rows, (n + 1) * rows)
+        wide = factors.repeat_interleave(columns)[: weight.shape[1]]
+        place[band] = weight[band].to(place.device).float().mul_(wide)
+
+
+def _check(tensor: Tensor, source: Tensor, stored: Stored) -> None:
+    """Raise VicugnaError unless all values of `tensor`, made from `source`, are finite."""
+    # A sum is one pass at the speed of memory, and not finite if any value is not; of finite ones
+    # it may overflow. The smallest and the largest value are NaN if any is.
+    if (not tensor.numel() or math.isfinite(tensor.sum())
+            or all(map(math.isfinite, tensor.aminmax()))):
+        return
+    bad = int((~torch.isfinite(tensor)).sum())
+    if source.dtype != FP8 and bool(torch.isfinite(source).all()):
+        raise VicugnaError(f"{bad:,} of {tensor.numel():,} values are too large for {tensor.dtype}",
+                           stored.where, "Load it in the dtype it is stored in, or as float32")
+    raise VicugnaError(f"{bad:,} of {tensor.numel():,} values are NaN or infinite", stored.where,
+                       "Use a checkpoint from before the training diverged")
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
@@ -145,13 +262,14 @@ def raw_bytes(tensor: Tensor) -> memoryview:
     return memoryview(flat)
 
 
-def write(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+def write(folder: Path, tensors: Mapping[str, Tensor | Stored]) -> None:
     """Write float `tensors` as model.safetensors, or as shards of at most SHARD_BYTES and an index.
+    Those that are still stored elsewhere are read one by one.
 
     The bytes depend on names, dtypes, shapes and values alone. The caller makes the whole of
     `folder` atomic and durable. Raises VicugnaError or OSError.
     """
-    shards: list[dict[str, Tensor]] = [{}]
+    shards: list[dict[str, Tensor | Stored]] = [{}]
     filled = 0
     for name, tensor in sorted(tensors.items()):
         filled += tensor.nbytes
@@ -169,7 +287,7 @@ def write(folder: Path, tensors: Mapping[str, Tensor]) -> None:
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def _write_file(path: Path, tensors: Mapping[str, Tensor | Stored]) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     # Wide dtypes first, so that every tensor is aligned to its own element.
@@ -185,4 +303,4 @@ def _write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for _, tensor in order:
-            file.write(raw_bytes(tensor))
+            file.write(raw_bytes(Mapped().tensor(tensor) if isinstance(tensor, Stored) else tensor))

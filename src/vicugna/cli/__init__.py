@@ -10,9 +10,11 @@ try:
 
     from vicugna.cli.bench import bench
     from vicugna.cli.chat import chat
+    from vicugna.cli.convert import convert
     from vicugna.cli.eval import evaluate
     from vicugna.cli.info import info
     from vicugna.cli.ledger import ledger
+    from vicugna.cli.plan import plan
     from vicugna.cli.release import release
     from vicugna.cli.run import run, train
     from vicugna.cli.serve import serve
@@ -25,7 +27,8 @@ from vicugna.files import storage_error
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Raise an open language model from data to release, and prove what it can.")
-for verb in (run, train, chat, serve, release, verify, ledger, bench, info):
+for verb in (run, train, chat, serve, release, verify, ledger, bench, info, plan,
+             convert):
     app.command()(verb)
 app.command("eval")(evaluate)
 

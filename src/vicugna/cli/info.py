@@ -1,23 +1,78 @@
 """`vicugna info`: what a checkpoint is."""
 
+from collections import Counter
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
 from vicugna.cli import output
 
+if TYPE_CHECKING:  # it imports PyTorch, which takes seconds: not for --help
+    from vicugna.checkpoint import Survey
 
-def info(model: output.ModelArgument, as_json: output.Json = False) -> None:
-    """Architecture, parameters, dtype, context, tokenizer and digest of MODEL."""
-    import vicugna
 
-    loaded = vicugna.load(model, "auto")
-    config, tok = loaded.config, loaded.tokenizer
-    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in loaded.network.parameters()})
-    facts = {
-        "model_type": config.to_dict()["model_type"],
-        "parameters": sum(p.numel() for p in loaded.network.parameters()),
-        "dtype": ", ".join(dtypes), "layers": config.num_hidden_layers,
-        "width": config.hidden_size, "vocabulary": config.vocab_size,
-        "context": config.max_position_embeddings, "tokenizer": tok.digest if tok else None,
-        "chat_template": bool(tok and tok.template), "digest": loaded.digest}
+def info(
+    model: output.ModelArgument,
+    digest: Annotated[bool, typer.Option(help="Its digest too, for which every byte is read.")]
+    = True,
+    as_json: output.Json = False,
+) -> None:
+    """Architecture, sizes, dtypes, context, tokenizer and digest of MODEL, never all in memory."""
+    from vicugna import checkpoint, progress
+    from vicugna.checkpoint import fit
+    from vicugna.checkpoint.stream import digest_stored
+
+    found = checkpoint.survey(model)
+    network = fit.build(found.config, found.stored, str(found.folder))
+    parts, extras = fit.parts(network, found.stored, found.folder)
+    facts = _facts(found, network)
+    if digest:
+        with progress.bar("digest", len(parts) + len(extras)) as report:
+            facts["digest"] = digest_stored(network, found, report)
     if as_json:
         output.as_json(facts)
     else:
-        output.table(model, ("what", "value"), ((k, str(v)) for k, v in facts.items()), 2)
+        output.table(model, ("what", "value"), ((what.replace("_", " "), _text(value))
+                                                for what, value in facts.items()), 2)
+
+
+def _facts(found: "Survey", network: Any) -> dict[str, Any]:
+    """What the headers, config.json and the tokenizer's files say."""
+    from vicugna.models import counts
+
+    config, tok = network.config, found.tokenizer
+    files = {part.file for part in found.stored.values()}
+    size, dtypes = counts.of(network), _dtypes(found)
+    return {
+        "model_type": config.to_dict()["model_type"], "parameters": size.total,
+        "active_per_token": size.active, "layers": len(size.layers), "width": config.hidden_size,
+        "heads": config.num_attention_heads, "key_value_heads": config.num_key_value_heads,
+        "context": config.max_position_embeddings, "vocabulary": config.vocab_size,
+        "format": ", ".join(sorted({file.suffix.removeprefix(".") for file in files})),
+        "files": len(files), "tensors": len(found.stored), "dtypes": dict(dtypes.most_common()),
+        "tokenizer": tok.digest if tok else None, "tokens": tok.vocab_size if tok else None,
+        "chat_template": bool(tok and tok.template)}
+
+
+def _dtypes(found: "Survey") -> Counter[str]:
+    """The bytes that the files hold of each dtype."""
+    sizes: Counter[str] = Counter()
+    if found.folder.suffix == ".gguf":
+        from vicugna.checkpoint.gguf import KINDS, scan
+        names = {kind: name for name, kind in KINDS.items()}
+        for entry in scan(found.folder)[1].values():
+            sizes[names.get(entry.kind, f"GGML type {entry.kind}")] += entry.data.nbytes
+        return sizes
+    for part in found.stored.values():
+        for tensor in filter(None, (part, part.scale)):
+            sizes[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
+    return sizes
+
+
+def _text(value: Any) -> str:
+    """A fact for people."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {size:,} bytes" for name, size in value.items())
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) else str(value or "none")

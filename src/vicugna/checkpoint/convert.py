@@ -1,0 +1,141 @@
+"""From one form of a checkpoint to another, tensor by tensor, losing nothing without leave."""
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vicugna.checkpoint import directory, fit, gguf
+from vicugna.checkpoint.gguf_file import MAGIC
+from vicugna.checkpoint.weights import Mapped, Stored
+from vicugna.errors import Refused, VicugnaError
+from vicugna.files import disk_errors, replacing
+
+FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+FORMS = ("hf", "gguf")
+BLOCK = 2**22  # values that are compared at once
+Report = Callable[[int, str], None]
+
+
+class Losses:
+    """What a conversion changes: nothing, or with leave, what `notes` says."""
+
+    def __init__(self, allowed: bool, where: str) -> None:
+        self.allowed, self.where = allowed, where
+        self.notes: list[str] = []
+        self.rounded: dict[torch.dtype, list[int]] = {}  # tensors and values of them that changed
+
+    def note(self, what: str) -> None:
+        """Something is lost: Refused unless that is allowed."""
+        if not self.allowed:
+            raise Refused(f"not converted, since it would lose {what}", self.where,
+                          "Allow it with --lossy")
+        self.notes.append(what)
+
+    def cast(self, tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+        """The tensor as `dtype`; values that it cannot hold exactly are a loss, those that are too
+        large for it a VicugnaError."""
+        cast = tensor.to(dtype)
+        if torch.promote_types(tensor.dtype, dtype) == dtype:  # it holds every value
+            return cast
+        pairs = zip(cast.flatten().split(BLOCK), tensor.flatten().split(BLOCK), strict=True)
+        if changed := sum(int((new.to(old.dtype) != old).count_nonzero()) for new, old in pairs):
+            kind = str(dtype).removeprefix("torch.")
+            if not bool(torch.isfinite(cast).all()):
+                raise VicugnaError(f"tensor {name} has values that are too large for {kind}",
+                                   self.where, "Choose bfloat16 or float32")
+            if not self.allowed:
+                most = float((cast.to(tensor.dtype) - tensor).abs().max())
+                self.note(f"digits: as {kind}, {changed:,} of {tensor.numel():,} values of {name} "
+                          f"would change, by up to {most:.1e}")
+            count = self.rounded.setdefault(dtype, [0, 0])
+            count[0], count[1] = count[0] + 1, count[1] + changed
+        return cast
+
+    def summary(self) -> list[str]:
+        """What was lost, a line for each kind of loss."""
+        return self.notes + [f"digits: {values:,} values of {tensors:,} tensors rounded to "
+                             f"{str(dtype).removeprefix('torch.')}"
+                             for dtype, (tensors, values) in self.rounded.items()]
+
+
+def convert(source: str | Path, target: str | Path, form: str | None = None,
+            dtype: str | None = None, lossy: bool = False,
+            report: Callable[[int], Report] | None = None) -> dict[str, Any]:
+    """Write the checkpoint `source` (anything `read` reads) to `target` in another form or dtype.
+
+    `form` is "hf" or "gguf", by default what `target` looks like; `dtype` is a float type, or for
+    GGUF "q8_0" or "q4_0", by default as stored. `report(tensors)` gives what is called with each
+    tensor's number and name. Memory holds one tensor of the target besides the mapped source.
+    Returns what was done. Refused where something would be lost without `lossy`; VicugnaError.
+    """
+    target = Path(os.path.expanduser(target))
+    form = form or ("gguf" if target.suffix == ".gguf" else "hf")
+    if form not in FORMS:
+        raise VicugnaError(f"unknown form {form!r}", "--to", f"Use one of {', '.join(FORMS)}")
+    known = [*gguf.KINDS] if form == "gguf" else [*FLOATS]
+    if dtype not in (None, *known):
+        raise VicugnaError(f"{dtype!r} is not a dtype of {form} files", "--dtype",
+                           f"Use one of {', '.join(known)}")
+    found = directory.survey(source)
+    _check_target(found.folder, target, form)
+    losses = Losses(lossy, str(source))
+    network = fit.build(found.config, found.stored, str(found.folder))
+    parts, extras = fit.parts(network, found.stored, found.folder)
+    if form == "gguf":
+        _foresee(losses, found.config, dtype, len(extras))
+    wanted = parts | ({} if form == "gguf" else extras)
+    mapped, total, done = Mapped(), len(wanted), list[Stored]()
+    say = report(total) if report else lambda done, name: None
+
+    def read(stored: Stored, dtype: torch.dtype) -> Tensor:
+        if done:
+            mapped.give_back(done[-1])
+        done.append(stored)
+        say(len(done), stored.name)
+        wide = torch.float32 if stored.scale is not None else stored.dtype
+        tensor = mapped.read([stored], stored.shape, wide, torch.device("cpu"))
+        return losses.cast(tensor, dtype, stored.name)
+
+    if form == "gguf":
+        with disk_errors(target), replacing(target) as temporary:
+            gguf.write(temporary, found, wanted, dtype, read)
+    else:
+        tensors = {name: replace(stored, dtype=kind, scale=None, load=partial(read, stored, kind))
+                   for name, stored in wanted.items()
+                   for kind in [FLOATS.get(dtype or "", stored.kind)]}
+        directory.write_tensors(target, found, tensors)
+    return {"source": str(source), "target": str(target), "form": form, "dtype": dtype or "as "
+            "stored", "tensors": total, "lost": losses.summary()}
+
+
+def _foresee(losses: Losses, config: dict[str, Any], dtype: str | None, extras: int) -> None:
+    """Note what is lost in GGUF whatever the values are."""
+    for what in gguf.lost(config):
+        losses.note(what)
+    if extras:
+        losses.note(f"{extras:,} tensors that the model does not compute with")
+    if dtype in ("q8_0", "q4_0"):
+        losses.note(f"digits: {dtype} rounds the weights in blocks of 32")
+
+
+def _check_target(source: Path, target: Path, form: str) -> None:
+    """Raise VicugnaError for a target that holds something else, or the source."""
+    source, resolved = source.resolve(), target.resolve()
+    if resolved == source or source in resolved.parents or resolved in source.parents:
+        raise VicugnaError("the target holds the source, or lies in it", str(target),
+                           "Choose another place")
+    if form == "gguf" and target.exists():
+        with disk_errors(target):
+            if target.is_dir():
+                raise VicugnaError("a folder stands where the file should be", str(target),
+                                   "Name a file in it, such as model.gguf")
+            with open(target, "rb") as file:
+                if file.read(4) != MAGIC:
+                    raise VicugnaError("there is a file of another kind, which would be lost",
+                                       str(target), "Choose another name")

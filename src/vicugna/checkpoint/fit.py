@@ -1,0 +1,164 @@
+"""Between a checkpoint's tensors and a network's parameters: names, pieces, ties and extras.
+
+A network may hold as one parameter what files hold in pieces (a mixture's experts), and files may
+hold tensors that a network does not compute with (layers that predict further tokens). The
+architecture says which, by `pieces(name, config)` and `extra(name, config)` in its module.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vicugna import models
+from vicugna.checkpoint.weights import Mapped, Stored, broken, short
+from vicugna.errors import VicugnaError
+
+LAYERS, EXPERTS = 400, 2**16  # more would only take time, or memory
+AT_ONCE = 2**28  # bytes of weights; looking at all values of more takes most of the time to load
+
+
+def build(config: Mapping[str, Any], stored: Mapping[str, Stored], where: str) -> nn.Module:
+    """The network that config.json describes, without memory for its weights yet.
+    VicugnaError for a config that fits no network, or one far larger than `stored`."""
+    rows = max((tensor.shape[0] for tensor in stored.values() if tensor.shape), default=0)
+    limits = {"num_hidden_layers": min(LAYERS, len(stored) // 4)} | dict.fromkeys(
+        ("num_experts", "num_local_experts", "n_routed_experts"), min(EXPERTS, rows))
+    for part in (config, *(value for value in config.values() if isinstance(value, Mapping))):
+        for key, limit in limits.items():
+            if isinstance(number := part.get(key), int) and number > limit:
+                raise broken(f"{key} is {number:,}, but the weights are only {len(stored):,} "
+                             f"tensors of at most {rows:,} rows", where)
+    try:
+        module = models.architecture(config.get("model_type"))
+        chosen = module.Config.from_dict(config)
+        with torch.device("meta"):
+            return module.Network(chosen)
+    except VicugnaError as error:
+        raise VicugnaError(error.what, where, error.fix) from error
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError,
+            ValueError) as error:
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise broken(f"no network can be built from it: {reason}", where) from error
+
+
+def fill(network: Any, stored: Mapping[str, Stored], dtype: torch.dtype | None,
+         device: torch.device, where: str | Path) -> None:
+    """Load the tensors straight into a network that has no memory yet.
+
+    Parameters become `dtype`; None keeps what is stored. What the architecture calls extra is kept
+    as it is stored, on the CPU, in `network.extra_tensors`.
+    VicugnaError where names or shapes do not fit, and for values that are not finite: of large
+    weights that stay mapped when the network first runs, which has to read them anyway.
+    """
+    state, tied = network.state_dict(), _ties(network)
+    made_of, extras = _parts(network, stored, where)
+    mapped = Mapped(later=sum(part.nbytes for part in stored.values()) > AT_ONCE)
+    parameters = {name for name, _ in network.named_parameters(remove_duplicate=False)}
+    kinds = {part.kind for name in made_of.keys() & parameters for part in made_of[name]}
+    if dtype is None and len(kinds) > 1:
+        raise VicugnaError(f"its weights are stored as {' and '.join(sorted(map(str, kinds)))}",
+                           str(where), "Load it as one of them: dtype='float32' or 'bfloat16'")
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(made_of, key=lambda name: (made_of[name][0].file, made_of[name][0].begin)):
+        those = made_of[name]  # in the order of the disk
+        kind = (dtype or those[0].kind) if name in parameters else state[name].dtype
+        tensors[name] = mapped.read(those, state[name].shape, kind, device)
+    for name in tied.keys() & tensors.keys():
+        if not torch.equal(tensors.pop(name), tensors[tied[name]]):
+            raise VicugnaError(f"{name} differs from the embeddings, but the config ties them",
+                               str(where), "Set tie_word_embeddings to false in it")
+    network.load_state_dict(tensors, strict=False, assign=True)
+    for name, other in tied.items():
+        owner, _, last = name.rpartition(".")
+        setattr(network.get_submodule(owner), last, network.get_parameter(other))
+    network.extra_tensors = {name: mapped.read([part], part.shape, part.kind, torch.device("cpu"))
+                             for name, part in extras.items()}
+    network.eval()
+    if mapped.unchecked:
+        def check(*_: Any) -> None:
+            mapped.check()
+            first_run.remove()
+        first_run = network.register_forward_pre_hook(check)
+
+
+def parts(network: Any, stored: Mapping[str, Stored], where: str | Path
+          ) -> tuple[dict[str, Stored], dict[str, Stored]]:
+    """The tensors that `network` is made of (of tied ones one), and extra ones, by their names.
+    VicugnaError where names or shapes do not fit."""
+    made_of, extras = _parts(network, stored, where)
+    tied = _ties(network)
+    return {part.name: part for name, those in made_of.items() if name not in tied
+            for part in those}, extras
+
+
+def _parts(network: Any, stored: Mapping[str, Stored], where: str | Path
+           ) -> tuple[dict[str, list[Stored]], dict[str, Stored]]:
+    """What each parameter and buffer is made of, in order, and the extra tensors."""
+    config, state, tied = network.config, network.state_dict(), _ties(network)
+    pieces, extra = _hook(network, "pieces"), _hook(network, "extra")
+    extras = {name: tensor for name, tensor in stored.items() if extra(name, config)}
+    # A tied head may be stored too, and (before transformers 4.31) RoPE's frequencies.
+    stored = {name: tensor for name, tensor in stored.items()
+              if name not in extras and not name.endswith("rotary_emb.inv_freq")}
+    names: dict[str, list[str]] = {}
+    for name, tensor in state.items():
+        if name in stored or name not in tied:
+            # The names of more pieces than there are tensors would only fill memory.
+            whole = name in stored or (tensor.dim() > 2 and len(tensor) > len(stored))
+            names[name] = (not whole and pieces(name, config)) or [name]
+    _compare({one: _shape(state[name], name, those) for name, those in names.items()
+              for one in those}, stored, where)
+    return {name: [stored[one] for one in those] for name, those in names.items()}, extras
+
+
+def named_tensors(network: Any) -> dict[str, Tensor]:
+    """All that was loaded, by its names in a checkpoint's files and without copies: parameters
+    (tied ones once, stacked ones in their pieces), buffers and extra tensors."""
+    tied, pieces = _ties(network), _hook(network, "pieces")
+    result: dict[str, Tensor] = {}
+    for name, tensor in network.state_dict().items():
+        if name not in tied:
+            names = pieces(name, network.config) or [name]
+            views = tensor.reshape(len(names), *_shape(tensor, name, names))
+            result |= dict(zip(names, views, strict=True))
+    return result | getattr(network, "extra_tensors", {})
+
+
+def _hook(network: Any, name: str) -> Callable[[str, Any], Any]:
+    """What an architecture's module says of names of tensors; nothing if it has no such function.
+    """
+    module = models.architecture(network.config.to_dict()["model_type"])
+    return getattr(module, name, lambda name, config: None)
+
+
+def _ties(network: nn.Module) -> dict[str, str]:
+    """Names of parameters that are only another name of an earlier one, and that one's."""
+    first: dict[int, str] = {}
+    every = network.named_parameters(remove_duplicate=False)
+    return {name: other for name, parameter in every
+            if (other := first.setdefault(id(parameter), name)) != name}
+
+
+def _shape(tensor: Tensor, name: str, names: Sequence[str]) -> tuple[int, ...]:
+    """The shape of each part of the parameter `name` that files hold under `names`."""
+    if names == [name]:
+        return tuple(tensor.shape)
+    return math.prod(tensor.shape[:-1]) // len(names), tensor.shape[-1]
+
+
+def _compare(wanted: Mapping[str, tuple[int, ...]], stored: Mapping[str, Stored],
+             where: str | Path) -> None:
+    """Raise VicugnaError unless names and shapes of the weights are those of the network."""
+    shapes = [f"{name} is {list(stored[name].shape)} instead of {list(wanted[name])}"
+              for name in sorted(wanted.keys() & stored.keys())
+              if stored[name].shape != wanted[name]]
+    faults = [f"{kind} {', '.join(names[:3])}" + f" and {len(names) - 3:,} more" * (len(names) > 3)
+              for kind, names in (("missing", sorted(wanted.keys() - stored.keys())),
+                                  ("unexpected", sorted(map(short, stored.keys() - wanted.keys()))),
+                                  ("wrong shape:", shapes)) if names]
+    if faults:
+        raise broken(f"the tensors do not fit the config: {'; '.join(faults)}", where)

@@ -1,0 +1,300 @@
+"""Meta's original files: `params.json`, `tokenizer.model` and `consolidated.NN.pth`, of which every
+rank of the model-parallel training wrote one. Llama 1 to 4.
+
+A rank holds some heads or columns of each matrix: the matrix is the ranks' parts one after the
+other, along rows or columns. Norms are the same everywhere. Names and splits are those of Meta's
+modules (https://github.com/meta-llama/llama-models), the names that come out those of
+transformers' converters (convert_llama_weights_to_hf, convert_llama4_weights_to_hf).
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vicugna.checkpoint import directory, meta_config, pth, weights
+from vicugna.checkpoint.meta_config import Params
+from vicugna.checkpoint.weights import Mapped, Stored, broken, short
+from vicugna.errors import VicugnaError
+from vicugna.tokenizer import Tokenizer, from_model_file
+
+UNUSED = re.compile(r"(^|\.)(rope\.freqs|freqs_cis|freq_cis|\w*gate_stats_3E|expert_activation_DE)$"
+                    r"|_extra_state$")
+
+# Meta's name ("#" is a layer's number): the dimension along which ranks follow each other (None:
+# all hold the same), and the names of Hugging Face that are made of it.
+Rules = Mapping[str, tuple[int | None, *tuple[str, ...]]]
+LLAMA: Rules = {
+    "tok_embeddings.weight": (0, "model.embed_tokens.weight"),
+    "norm.weight": (None, "model.norm.weight"),
+    "output.weight": (0, "lm_head.weight"),
+    "layers.#.attention_norm.weight": (None, "model.layers.#.input_layernorm.weight"),
+    "layers.#.attention.wq.weight": (0, "model.layers.#.self_attn.q_proj.weight"),
+    "layers.#.attention.wk.weight": (0, "model.layers.#.self_attn.k_proj.weight"),
+    "layers.#.attention.wv.weight": (0, "model.layers.#.self_attn.v_proj.weight"),
+    "layers.#.attention.wo.weight": (1, "model.layers.#.self_attn.o_proj.weight"),
+    "layers.#.ffn_norm.weight": (None, "model.layers.#.post_attention_layernorm.weight"),
+    "layers.#.feed_forward.w1.weight": (0, "model.layers.#.mlp.gate_proj.weight"),
+    "layers.#.feed_forward.w3.weight": (0, "model.layers.#.mlp.up_proj.weight"),
+    "layers.#.feed_forward.w2.weight": (1, "model.layers.#.mlp.down_proj.weight")}
+EYES = "vision_embeddings.vision_encoder."
+VISION: Rules = {
+    **{EYES + name: (None, f"vision_model.{name}")
+       for name in ("class_embedding", "positional_embedding_vlm")},
+    EYES + "conv1._linear.weight": (0, "vision_model.patch_embedding.linear.weight"),
+    **{f"{EYES}ln_{place}.{kind}": (None, f"vision_model.layernorm_{place}.{kind}")
+       for place in ("pre", "post") for kind in ("weight", "bias")},
+    **{f"{EYES}transformer.resblocks.#.{theirs}.{kind}": (
+        split, f"vision_model.model.layers.#.{ours}.{kind}")
+       for theirs, ours, *splits in (
+           ("ln_1", "input_layernorm", None, None),
+           ("ln_2", "post_attention_layernorm", None, None),
+           ("attn.wq", "self_attn.q_proj", 0, 0), ("attn.wk", "self_attn.k_proj", 0, 0),
+           ("attn.wv", "self_attn.v_proj", 0, 0), ("attn.wo", "self_attn.o_proj", 1, None),
+           ("mlp.c_fc", "mlp.fc1", 0, 0), ("mlp.c_proj", "mlp.fc2", 1, None))
+       for kind, split in zip(("weight", "bias"), splits, strict=True)},
+    "vision_embeddings.vision_adapter.mlp.c_fc.weight": (
+        0, "vision_model.vision_adapter.mlp.fc1.weight"),
+    "vision_embeddings.vision_adapter.mlp.c_proj.weight": (
+        1, "vision_model.vision_adapter.mlp.fc2.weight"),
+    "vision_projection.weight": (0, "multi_modal_projector.linear_1.weight")}
+NORM, FFN = "model.layers.#.post_attention_layernorm.weight", "model.layers.#.feed_forward."
+LLAMA4: Rules = {
+    **VISION,
+    **{name: LLAMA[name] for name in (
+        "tok_embeddings.weight", "norm.weight", "output.weight", "layers.#.attention_norm.weight",
+        "layers.#.attention.wo.weight")},
+    "layers.#.attention.wqkv.layer_norm_weight": LLAMA["layers.#.attention_norm.weight"],
+    "layers.#.attention.wqkv.weight": (0, *(f"model.layers.#.self_attn.{x}_proj.weight"
+                                            for x in "qkv")),
+    "layers.#.feed_forward.norm.weight": (None, NORM),
+    "layers.#.feed_forward.mlp.layer_norm_weight": (None, NORM),
+    "layers.#.feed_forward.mlp.fc1_weight": (0, FFN + "gate_proj.weight", FFN + "up_proj.weight"),
+    "layers.#.feed_forward.mlp.fc2_weight": (1, FFN + "down_proj.weight"),
+    "layers.#.feed_forward.w1.weight": (0, FFN + "gate_proj.weight"),
+    "layers.#.feed_forward.w3.weight": (0, FFN + "up_proj.weight"),
+    "layers.#.feed_forward.w2.weight": (1, FFN + "down_proj.weight"),
+    "layers.#.feed_forward.router_DE": (None, FFN + "router.weight"),
+    "layers.#.feed_forward.w_in_shared_FD.weight": (0, FFN + "shared_expert.gate_proj.weight"),
+    "layers.#.feed_forward.w_swiglu_FD.weight": (0, FFN + "shared_expert.up_proj.weight"),
+    "layers.#.feed_forward.w_out_shared_DF.weight": (1, FFN + "shared_expert.down_proj.weight"),
+    "layers.#.feed_forward.experts.moe_w_in_eD_F": (2, FFN + "experts.gate_up_proj"),
+    "layers.#.feed_forward.experts.moe_w_swiglu_eD_F": (2, FFN + "experts.gate_up_proj"),
+    "layers.#.feed_forward.experts.moe_w_out_eF_D": (1, FFN + "experts.down_proj")}
+
+
+@dataclass(frozen=True)
+class Original:
+    """The ranks' tensors by Meta's names, the same on every rank; `fourth` is a Llama 4."""
+
+    folder: Path
+    params: Params
+    ranks: list[dict[str, Stored]]
+    fourth: bool
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the embeddings: none is there, or (Llama 3.2) the same values are."""
+        if "output.weight" not in self.ranks[0]:
+            return True
+        if self.fourth or not self.params.use_scaled_rope:
+            return False
+        pairs = [(rank["output.weight"], rank["tok_embeddings.weight"]) for rank in self.ranks]
+        return all(a.dtype == b.dtype and torch.equal(*map(Mapped().tensor, (a, b)))
+                   for a, b in pairs)
+
+    def stored(self, tied: bool) -> dict[str, Stored]:
+        """The tensors by the names of Hugging Face, each put together when it is read."""
+        prefix = "language_model." if self.fourth and self.params.vision_args else ""
+        sources: dict[str, list[tuple[str, int]]] = {}  # names, and which of their pieces
+        for name in sorted(self.ranks[0].keys() - ({"output.weight"} if tied else set())):
+            _, *targets = self._rule(name)  # sorted: an expert's gate comes before its up
+            layer = re.search(r"\.(\d+)\.", name)
+            for index, target in enumerate(targets):
+                target = target.replace("#", layer[1] if layer else "#")
+                text = target.startswith(("model.", "lm_head."))
+                sources.setdefault(prefix * text + target, []).append((name, index))
+        return {target: self._joined(target, made_of) for target, made_of in sources.items()}
+
+    def _rule(self, name: str) -> tuple[int | None, *tuple[str, ...]]:
+        rule = (LLAMA4 if self.fourth else LLAMA).get(re.sub(r"\.\d+\.", ".#.", name, count=1))
+        if rule is None:
+            raise broken("unexpected: no Llama of Meta has it", self.ranks[0][name].where)
+        return rule
+
+    def _joined(self, target: str, made_of: list[tuple[str, int]]) -> Stored:
+        first = self.ranks[0][made_of[0][0]]
+        try:
+            parts, split = self._parts(target, made_of, lambda part: torch.empty(
+                part.shape, dtype=part.dtype, device="meta"))
+            shape = list(parts[0].shape)
+            shape[split] = sum(part.shape[split] for part in parts)
+            kinds = {(part.dtype, *part.shape[:split], *part.shape[split + 1:]) for part in parts}
+            if len(kinds) > 1 or (self._turned(target) and shape[0] % self.params.head_width):
+                raise ValueError("its parts do not fit")
+        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise broken(f"{len(self.ranks)} times shape {list(first.shape)} makes no "
+                         f"{target.split('.')[-2]}: {short(str(error).splitlines()[0])}",
+                         first.where) from error
+        return Stored(target, first.file if len(self.ranks) == 1 else self.folder, 0, first.dtype,
+                      tuple(shape), load=lambda: self._whole(target, made_of))
+
+    def _whole(self, target: str, made_of: list[tuple[str, int]]) -> Tensor:
+        parts, split = self._parts(target, made_of, Mapped().tensor)
+        whole = torch.cat(parts, split) if parts[1:] else parts[0]
+        if self._turned(target):
+            # Meta turns neighbours (2i, 2i + 1) by an angle, Hugging Face (i, i + K/2).
+            pairs = whole.unflatten(0, (-1, self.params.head_width // 2, 2))
+            whole = pairs.transpose(1, 2).flatten(0, 2)
+        return whole.contiguous()
+
+    def _turned(self, target: str) -> bool:
+        """Whether RoPE turns what the matrix `target` makes, and Hugging Face in another order."""
+        return not self.fourth and re.search(r"\.[qk]_proj\.", target) is not None
+
+    def _parts(self, target: str, made_of: list[tuple[str, int]],
+               pick: Callable[[Stored], Tensor]) -> tuple[list[Tensor], int]:
+        """What the tensor `target` is made of, in order, and along which dimension, where `pick`
+        gives the ranks' tensors."""
+        parts: list[Tensor] = []
+        count, split = len(self.ranks), 0
+        for name, index in made_of:
+            first, (dim, *_) = self._cut(name, pick(self.ranks[0][name]))[index], self._rule(name)
+            step, split = (count, 0) if dim is None else (1, dim)
+            if re.search(r"(?<!vision_model\.)model\.layers\.\d+\.self_attn\.[kv]_proj", target):
+                # Where ranks outnumber the heads of keys and values, neighbours hold the same.
+                rows = self.params.groups * self.params.head_width
+                step = max(1, len(first) * count // rows)
+            if name == "tok_embeddings.weight" and first.shape[1] * count == self.params.dim:
+                split = 1  # Llama 1 and 2 split the width, later ones the vocabulary
+            parts += [first, *(self._cut(name, pick(rank[name]))[index]
+                               for rank in self.ranks[step::step])]
+        return parts, split
+
+    def _cut(self, name: str, tensor: Tensor) -> Sequence[Tensor]:
+        """What a rank's tensor holds of each tensor of Hugging Face that is made of it."""
+        if name.endswith("router_DE"):
+            return [tensor.T]
+        if ".experts.moe_" in name:
+            if self.params.moe_args is None:
+                raise ValueError("params.json has no moe_args")
+            return [tensor.unflatten(0, (self.params.moe_args.num_experts, -1))]
+        if name.endswith("attention.wqkv.weight"):
+            queries = self.params.dim // len(self.ranks)
+            others = (len(tensor) - queries) // 2
+            return tensor.split([queries, others, others])
+        return tensor.chunk(2) if name.endswith("mlp.fc1_weight") else [tensor]
+
+
+def find(folder: Path) -> Path | None:
+    """Where Meta's files lie: in `folder` or its `original`; None if there are none, or if weights
+    in Hugging Face's form are there too. OSError."""
+    if (folder / weights.SINGLE).exists() or (folder / weights.INDEX).exists():
+        return None
+    places = (place for place in (folder, folder / "original") if (place / "params.json").exists())
+    return next((place for place in places if _files(place)), None)
+
+
+def _files(folder: Path) -> dict[int, list[str]]:
+    """The names of each rank's files: consolidated.NN.pth, or the files in a folder
+    consolidated.NN (Llama 3.1 405B, whose ranks are too large for one)."""
+    found: dict[int, list[str]] = {}
+    for path in sorted(folder.iterdir()):
+        if match := re.fullmatch(r"consolidated(?:\.(\d{1,6}))?(\.pth)?", path.name):
+            number, inner = int(match[1] or 0), []
+            if not match[2] and path.is_dir():
+                inner = [f"{path.name}/{file.name}" for file in sorted(path.glob("*.pth"))]
+            if names := [path.name] if match[2] else inner:
+                if number in found:
+                    raise broken(f"{names[0]} is a second shard {number}", folder)
+                found[number] = names
+    return found
+
+
+def survey(folder: Path) -> "directory.Survey":
+    """What the checkpoint of Meta in `folder` says of itself. Raises VicugnaError; OSError."""
+    path = folder / "params.json"
+    params = meta_config.parse(directory._read_object(*_inside(folder, path.name)), path)
+    files = _files(folder)
+    if missing := sorted(set(range(len(files))) - files.keys()):
+        raise broken(f"consolidated.{missing[0]:02}.pth is missing, but there is a shard "
+                     f"{max(files)}", folder)
+    ranks = [_rank(folder, files[number]) for number in sorted(files)]
+    for rank in ranks[1:]:
+        _same(ranks[0], rank)
+    fourth = any(".wqkv." in name for name in ranks[0])
+    original = Original(folder, params, ranks, fourth)
+    _check(original)
+    tied = original.tied
+    stored = original.stored(tied)
+    vocabulary = next(tensor.shape[0] for name, tensor in stored.items() if "embed_tokens" in name)
+    if not fourth and params.vocab_size not in (None, -1, vocabulary):
+        raise broken(f"vocab_size is {params.vocab_size:,}, but there are {vocabulary:,} "
+                     "embeddings", path)
+    version = "4" if fourth else "3.1" if params.use_scaled_rope else "3" if params.third else None
+    tokenizer = _tokenizer(folder, version, vocabulary)
+    name = (folder.resolve().parent if folder.name == "original" else folder.resolve()).name
+    instruct = re.search("instruct|chat", name, re.IGNORECASE) is not None
+    say = meta_config.llama4 if fourth else meta_config.llama
+    config, generation_config = say(params, vocabulary, tied, instruct)
+    return directory.Survey(folder, config, stored, tokenizer, generation_config, {})
+
+
+def _inside(folder: Path, name: str) -> tuple[Path, str]:
+    """The checkpoint's own folder, out of which links must not lead, and the path of `name` in it.
+    """
+    return (folder.parent, f"original/{name}") if folder.name == "original" else (folder, name)
+
+
+def _tokenizer(folder: Path, version: str | None, vocabulary: int) -> Tokenizer | None:
+    """The tokenizer, which Llama 1 and 2 came with in the folder above; None if there is none."""
+    for place in (folder, folder.parent):
+        if (place / "tokenizer.model").exists():
+            found = from_model_file(directory._inside(*_inside(place, "tokenizer.model")), version)
+            if found.vocab_size > vocabulary:
+                raise broken(f"{found.vocab_size:,} tokens, but {vocabulary:,} embeddings",
+                             place / "tokenizer.model")
+            return found
+    return None
+
+
+def _rank(folder: Path, names: list[str]) -> dict[str, Stored]:
+    found: dict[str, Stored] = {}
+    for name in names:
+        tensors = pth.scan(directory._inside(*_inside(folder, name)), UNUSED)
+        for twice in sorted(tensors.keys() & found.keys()):
+            raise broken(f"stands in {found[twice].file.name} too", tensors[twice].where)
+        found |= tensors
+    return found
+
+
+def _same(first: Mapping[str, Stored], other: Mapping[str, Stored]) -> None:
+    """Raise VicugnaError unless two ranks hold the same tensors, in the same shapes and dtypes."""
+    for name in sorted(first.keys() ^ other.keys()):
+        raise broken("not every shard has it", (first.get(name) or other[name]).where)
+    for name, stored in other.items():
+        due = first[name]
+        if (stored.shape, stored.dtype) != (due.shape, due.dtype):
+            raise broken(f"{list(stored.shape)} of {stored.dtype}, but {list(due.shape)} of "
+                         f"{due.dtype} in {due.file.name}", stored.where)
+
+
+def _check(original: Original) -> None:
+    """Raise VicugnaError unless params.json and the ranks can be of one model."""
+    params, rank, count = original.params, original.ranks[0], len(original.ranks)
+    for name in ("tok_embeddings.weight", "layers.0.attention.wo.weight"):
+        if name not in rank or len(rank[name].shape) != 2:
+            raise broken(f"no {name}, or one that is not a matrix", original.folder)
+    columns = rank["layers.0.attention.wo.weight"].shape[1]
+    if columns * count != params.dim:
+        due = f"{params.dim // columns}" if columns and params.dim % columns == 0 else "others"
+        raise VicugnaError(f"{count} shards are there, but {due} make a model of width "
+                           f"{params.dim}", str(original.folder),
+                           "Download the missing consolidated.NN.pth, or the right params.json")
+    layers = max(params.n_layers, params.vision_args.n_layers if params.vision_args else 0)
+    if layers > len(rank):
+        raise broken(f"n_layers is {layers:,}, but there are only {len(rank):,} tensors",
+                     original.folder / "params.json")

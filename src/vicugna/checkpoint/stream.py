@@ -1,0 +1,63 @@
+"""The digest of a checkpoint on disk, in the memory of a few of its tensors."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vicugna import models
+from vicugna.checkpoint import fit
+from vicugna.checkpoint.digest import digest
+from vicugna.checkpoint.directory import Survey
+from vicugna.checkpoint.weights import Mapped, Stored
+from vicugna.files import disk_errors
+from vicugna.progress import Report
+
+
+def digest_stored(network: Any, found: Survey, report: Report) -> str | None:
+    """The digest that a model loaded in the dtypes it is stored in has; None where its parameters
+    have several, in which it cannot be loaded.
+
+    `network` is of the survey's config and may be on the meta device; `report` is called with each
+    tensor's number and name. VicugnaError where names or shapes do not fit and for values that
+    are not finite.
+    """
+    parts, extras = fit.parts(network, found.stored, found.folder)
+    buffers = dict(network.named_buffers())
+    kinds = {name: buffers[name].dtype if name in buffers else part.kind
+             for name, part in (parts | extras).items()}
+    if len({kinds[name] for name in parts.keys() - buffers.keys()}) > 1:
+        return None
+    with disk_errors(found.folder):
+        tensors = _Stream(network, parts | extras, kinds, report)
+        return digest(tensors, network.config.to_dict(), found.tokenizer, found.generation_config)
+
+
+class _Stream(Mapping[str, Tensor]):
+    """What `fit.named_tensors` gives of the loaded network, each read when it is asked for."""
+
+    def __init__(self, network: Any, parts: Mapping[str, Stored],
+                 kinds: Mapping[str, torch.dtype], report: Report) -> None:
+        self._parts, self._kinds, self._report, self._done = parts, kinds, report, 0
+        # Experts that files hold stacked are named apart, as they are of a network.
+        module = models.architecture(network.config.to_dict()["model_type"])
+        pieces = getattr(module, "pieces", lambda name, config: None)
+        self._places = {name: (whole, n, len(names)) for whole in parts
+                        for names in [pieces(whole, network.config) or [whole]]
+                        for n, name in enumerate(names)}
+
+    def __getitem__(self, name: str) -> Tensor:
+        whole, n, pieces = self._places[name]
+        part = self._parts[whole]
+        # One mapping for each, so that its pages go when the tensor does.
+        tensor = Mapped().read([part], part.shape, self._kinds[whole], torch.device("cpu"))
+        self._done += 1
+        self._report(self._done, name)
+        return tensor if pieces == 1 else tensor.reshape(pieces, -1, part.shape[-1])[n]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)

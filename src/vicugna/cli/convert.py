@@ -1,0 +1,36 @@
+"""`vicugna convert`: a checkpoint in another form, or with numbers of another kind."""
+
+from contextlib import ExitStack
+from typing import Annotated
+
+import typer
+
+from vicugna.cli import output
+
+
+def convert(
+    source: Annotated[str, typer.Argument(metavar="A", help="A Hugging Face style folder, a folder "
+                                          "of Meta's original files, a .gguf file, or a Hub id.")],
+    target: Annotated[str, typer.Argument(metavar="B", help="The folder or .gguf file to write.")],
+    to: Annotated[str | None, typer.Option(help="hf or gguf; else what B looks like.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; for GGUF also "
+                                              "q8_0 or q4_0. By default as stored.")] = None,
+    lossy: Annotated[bool, typer.Option("--lossy", help="Allow what changes values or leaves "
+                                        "something out.")] = False,
+    as_json: output.Json = False,
+) -> None:
+    """Write checkpoint A to B in another form; B appears whole or not at all."""
+    from vicugna.checkpoint.convert import convert
+    from vicugna.progress import Report, bar
+
+    with ExitStack() as stack:
+        def report(tensors: int) -> Report:
+            return stack.enter_context(bar("convert", tensors, wanted=not as_json))
+
+        done = convert(source, target, to, dtype, lossy, report)
+    if as_json:
+        output.as_json(done)
+        return
+    output.say(f"Wrote {done['tensors']:,} tensors to {target}")
+    for what in done["lost"]:
+        output.say(f"Lost {what}")

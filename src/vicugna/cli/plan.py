@@ -1,0 +1,103 @@
+"""`vicugna plan`: what a model will cost in memory, time and GPUs."""
+
+import math
+import textwrap
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vicugna.cli import output
+
+if TYPE_CHECKING:
+    from vicugna.planning import Plan, Subject
+
+
+def plan(
+    model: Annotated[str, typer.Argument(help="A known model (llama-3.1-8b, llama-4-scout, "
+                                         "deepseek-v3, behemoth, ...), a config.json, a "
+                                         "checkpoint, or a recipe.")],
+    gpu: Annotated[str, typer.Option(help="Kind: a100, h100, h200, b200, ...")] = "h100",
+    dtype: Annotated[str, typer.Option(help="Of the weights: fp32, bf16, fp8, int4.")] = "bf16",
+    context: Annotated[int | None, typer.Option(
+        min=1, max=10**12, help="Tokens of each sequence; 8192, or the model's context if that is "
+        "shorter.")] = None,
+    batch: Annotated[int, typer.Option(min=1, max=10**9, help="Sequences at once.")] = 32,
+    utilisation: Annotated[float, typer.Option(
+        help="Part of the GPU's published peak compute and bandwidth that is "
+        "reached: an assumption.")] = 0.5,
+    price: Annotated[float, typer.Option(help="Of a GPU for an hour, in any currency: an "
+                                         "assumption.")] = 2.0,
+    as_json: output.Json = False,
+) -> None:
+    """Memory, FLOPs, GPUs and cost of MODEL, from its config alone.
+
+    Forward FLOPs of a token: 2 x multiplied parameters, and for each layer and
+    token seen 2 x heads x (key + value width); training takes 3 times that.
+    Training state: 16 bytes a parameter. GPUs: memory / (0.9 x memory of one),
+    as 1, 2, 4, 8 or whole nodes of 8. Time of a token: FLOPs / peak to read a
+    prompt or to train; to write, the longer of FLOPs / peak and bytes read /
+    bandwidth; peaks times --utilisation. No traffic between GPUs is counted.
+    """
+    from vicugna import planning
+
+    subject = planning.subject(model)
+    length = context or min(8192, subject.context or 8192)
+    made = planning.plan(subject, gpu, dtype, length, batch, utilisation, price)
+    if as_json:
+        output.as_json({"model": subject.name, "source": subject.source, "note": subject.note,
+                        "model_type": subject.config.get("model_type"),
+                        "context": subject.context, **made.to_dict()})
+    else:
+        _show(subject, made)
+
+
+def _show(subject: "Subject", made: "Plan") -> None:
+    from vicugna.planning import LENGTHS, WEIGHT_BYTES
+
+    counts, gpu = made.counts, made.gpu.name
+    forward = counts.flops(made.context)
+    output.table(subject.name, ("what", "value"), [
+        ("config", "\n".join(textwrap.wrap(subject.source, 48))),
+        ("architecture", f"{subject.config.get('model_type')}, {len(counts.layers)} layers"),
+        ("context", f"{subject.context:,} tokens" if subject.context else "not stated"),
+        ("parameters", _count(counts.total)),
+        ("active per token", _count(counts.active)),
+        ("  in matrix products", _count(counts.multiplied)),
+        (f"FLOPs per token\n  of {made.context:,}",
+         f"{_si(forward)} forward, {_si(3 * forward)} trained"),
+        ("training state", f"{_si(made.state)}B: {made.training_gpus} {gpu}")], 2)
+    needs = f"{made.batch:,} sequence{'s' * (made.batch > 1)} of {made.context:,} tokens"
+    output.table("Weights, and the GPUs that hold them and the cache of\n" + needs,
+                 ("", *WEIGHT_BYTES),
+                 [("weights", *(f"{_si(made.weights(kind))}B" for kind in WEIGHT_BYTES)),
+                  (f"{gpu}, at least", *(f"{made.gpus(kind):,}" for kind in WEIGHT_BYTES))])
+    output.table("Keys and values of one sequence", ("tokens", *LENGTHS), [
+        ("fp32" if made.dtype == "fp32" else "bf16",
+         *(f"{_si(made.cache(n, made.dtype))}B" for n in LENGTHS.values()))])
+    output.table(f"{needs} in {made.dtype},\nat {made.utilisation:.0%} of the peaks of {gpu} and "
+                 f"{made.price:,.2f} per GPU-hour", (
+        "work", "GPUs", "tokens/s", "GPU-hours/1M", "cost/1M", "bound by"), [
+        (name, f"{gpus:,}", _short(work.tokens_per_second), _short(work.gpu_hours_per_million),
+         _short(work.cost_per_million), work.bound) for name, gpus, work in (
+            ("read (prefill)", made.gpus(made.dtype), made.prefill),
+            ("write (decode)", made.gpus(made.dtype), made.decode),
+            ("train (bf16)", made.training_gpus, made.training))])
+    if subject.context and made.context > subject.context:
+        print(f"Its context is {subject.context:,} tokens: it was not made for {made.context:,}.")
+    if subject.note:
+        print(textwrap.fill(subject.note, 78))
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e9:,.2f} billion" if parameters >= 1e9 else f"{parameters:,}"
+
+
+def _short(value: float) -> str:
+    """`value` to three digits, or whole."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _si(value: float) -> str:
+    """`value` to three digits, and the prefix of its power of 1000."""
+    power = min(6, max(0, int(math.log10(max(value * 1.0005, 1)) // 3)))
+    return f"{value / 1000**power:.3g} {('', 'k', 'M', 'G', 'T', 'P', 'E')[power]}"

@@ -1,0 +1,118 @@
+"""Our GGUF files in llama.cpp: the same logits, greedy tokens and tokens of texts.
+
+They need llama-cpp-python, in this Python or in another one that LLAMA_CPP_PYTHON names:
+    python -m venv llamacpp && llamacpp/bin/pip install llama-cpp-python
+    LLAMA_CPP_PYTHON=llamacpp/bin/python pytest tests/checkpoint/test_llama_cpp.py
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import gguf_kit
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from gguf_kit import MODELS, TEXTS, folder_of, sentencepiece
+
+from vicugna import checkpoint, tokenizer
+from vicugna.checkpoint.convert import convert
+from vicugna.engine import Sampling, generate
+from vicugna.model import Model
+
+PYTHON = os.environ.get("LLAMA_CPP_PYTHON", sys.executable)
+SCRIPT = """
+import json, sys
+import numpy as np
+from llama_cpp import Llama
+path, tokens, texts, steps = sys.argv[1], *map(json.loads, sys.argv[2:5])
+model = Llama(path, n_ctx=256, n_batch=256, n_threads=1, logits_all=True, verbose=False,
+              flash_attn=False, type_k=0, type_v=0)  # keys and values in float32
+model.eval(tokens)
+logits = np.array(model.scores[:len(tokens)])
+greedy = list(tokens)
+model.reset()
+model.eval(greedy)
+for _ in range(steps):
+    greedy.append(int(model.scores[len(greedy) - 1].argmax()))
+    model.eval(greedy[-1:])
+np.save(sys.argv[5], logits)
+print(json.dumps({"greedy": greedy[len(tokens):], "bos": model.token_bos(), "texts": [
+    model.tokenize(text.encode(), add_bos=True, special=False) for text in texts]}))
+"""
+
+
+def in_llama_cpp(path: Path, tokens: list[int], texts: list[str]) -> tuple[np.ndarray, dict]:
+    """Logits after every token, and what llama.cpp says of greedy tokens and texts."""
+    ran = subprocess.run([PYTHON, "-c", SCRIPT, str(path), json.dumps(tokens), json.dumps(texts),
+                          "24", str(path.with_suffix(".npy"))], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    return np.load(path.with_suffix(".npy")), json.loads(ran.stdout.splitlines()[-1])
+
+
+pytestmark = pytest.mark.skipif(
+    subprocess.run([PYTHON, "-c", "import llama_cpp"], capture_output=True).returncode != 0,
+    reason="needs llama-cpp-python, in this Python or the one LLAMA_CPP_PYTHON names")
+
+
+@pytest.fixture(scope="module")
+def bpe() -> tokenizer.Tokenizer:
+    return gguf_kit.learned()
+
+
+def round_activations(monkeypatch, dtype: str) -> None:
+    """From now on what meets a matrix is rounded, as llama.cpp does on CPUs, to the matrix's float
+    type, or to Q8_0; only the routers of mixtures are float32."""
+    linear, kind = F.linear, gguf.GGMLQuantizationType.Q8_0
+
+    def rounded(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None):
+        if weight.shape[0] > 4 and dtype in ("q8_0", "q4_0"):
+            packed = gguf.quants.quantize(x.numpy(), kind)
+            x = torch.from_numpy(gguf.quants.dequantize(packed, kind))
+        elif weight.shape[0] > 4 and dtype != "float32":
+            x = x.to(getattr(torch, dtype)).float()
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(F, "linear", rounded)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("name", MODELS)
+def test_llama_cpp_agrees(tmp_path, bpe, name, dtype, monkeypatch):
+    """Logits at every position, greedy tokens, and the tokens of texts."""
+    folder_of(tmp_path / "a", MODELS[name], bpe)
+    convert(tmp_path / "a", tmp_path / "m.gguf", dtype=dtype, lossy=dtype != "float32")
+    read = checkpoint.read(tmp_path / "m.gguf")
+    tokens = torch.randint(0, 590, (100,), generator=torch.Generator().manual_seed(0)).tolist()
+    theirs, said = in_llama_cpp(tmp_path / "m.gguf", [590, *tokens], TEXTS)
+    exact = Model(read.network).logits([[590, *tokens]])[0].numpy()
+    round_activations(monkeypatch, dtype)
+    logits = Model(read.network).logits([[590, *tokens]])[0].numpy()
+    error_T, plain_T = (np.abs(theirs - own).max(axis=-1) for own in (logits, exact))
+    print(f"{name} {dtype}: logits up to {np.abs(logits).max():.2f}; largest difference "
+          f"{plain_T.max():.1e}; activations rounded {error_T.max():.1e}, at half of the positions "
+          f"below {np.median(error_T):.1e}, at the first {error_T[0]:.1e}")
+    # A sum that ends in another last bit may be rounded to the next value, and later positions see
+    # that: the first one is exact, all are near.
+    assert error_T[0] <= 1e-4
+    assert error_T.max() <= {"float32": 1e-5, "float16": 0.02, "bfloat16": 0.02}.get(dtype, 0.1)
+    greedy = generate(read.network, read.tokenizer, [[590, *tokens]],
+                      Sampling(max_new_tokens=24))[0]
+    assert said["greedy"][:len(greedy.tokens)] == greedy.tokens
+    assert said["bos"] == 590
+    for text, found in zip(TEXTS, said["texts"], strict=True):
+        assert found == [590, *bpe.encode(text)], text
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_llama_cpp_reads_sentencepiece_as_we_do(tmp_path, prefix):
+    tok = sentencepiece(prefix)
+    folder_of(tmp_path / "a", MODELS["llama"], tok)
+    convert(tmp_path / "a", tmp_path / "m.gguf")
+    texts = [text for text in TEXTS if text]
+    _, said = in_llama_cpp(tmp_path / "m.gguf", [1, 300], texts)
+    assert said["texts"] == [[1, *tok.encode(text)] for text in texts]
