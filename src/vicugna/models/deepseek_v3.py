@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vicugna.errors import VicugnaError
 from vicugna.models.layers import decoder, rope
 from vicugna.models.layers.attention import Attend, Span
-from vicugna.models.layers.config import Shape, rope_keys
+from vicugna.models.layers.config import Shape
 from vicugna.models.layers.mlp import SwiGLU
 from vicugna.models.layers.moe import Balanced, Experts
 from vicugna.models.layers.norm import RMSNorm
@@ -69,18 +69,17 @@ class Config(Shape):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """As `Shape.from_dict`; RoPE's keys as `rope_keys`."""
+        """As `Shape.from_dict`."""
         given = {ALIASES.get(key, key): False if x is None and key in OFF else x
                  for key, x in values.items()}
         for key in ("num_attention_heads", "max_position_embeddings", "qk_rope_head_dim"):
             given[key] = getattr(cls, key) if given.get(key) is None else given[key]
         if given.get("head_dim") is None:
             given["head_dim"] = given["qk_rope_head_dim"]
-        return super().from_dict({**given, **rope_keys(given)})
+        return super().from_dict(given)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        rope.inverse_frequencies(2, self.rope_theta, self.rope_scaling)  # checks the scaling
         for field in fields(self):
             if field.type is int or (field.name == "q_lora_rank" and self.q_lora_rank is not None):
                 self.at_least(field.name, 0 if field.name in MAY_BE_ZERO else 1)

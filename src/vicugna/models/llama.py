@@ -1,18 +1,17 @@
-"""Llama 1 to 3.2: pre-norm transformer with RoPE, grouped queries and SwiGLU.
+"""Llama 1 to 3.3: pre-norm transformer with RoPE, grouped queries and SwiGLU.
 
 Touvron et al., arXiv 2302.13971 and 2307.09288; Llama Team, arXiv 2407.21783. Parameter names are
 those of Hugging Face's LlamaForCausalLM.
 """
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import Any
 
 from torch import Tensor, nn
 
 from vicugna.models.layers import decoder, rope
 from vicugna.models.layers.attention import Attend, Span
-from vicugna.models.layers.config import Shape, rope_keys
+from vicugna.models.layers.config import Shape
 from vicugna.models.layers.mlp import SwiGLU
 from vicugna.models.layers.norm import RMSNorm
 
@@ -24,15 +23,6 @@ class Config(Shape):
     rope_scaling: dict[str, Any] | None = None
     attention_bias: bool = False
     mlp_bias: bool = False
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """As `Shape.from_dict`; RoPE's keys as `rope_keys`."""
-        return super().from_dict({**values, **rope_keys(values)})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        rope.inverse_frequencies(2, self.rope_theta, self.rope_scaling)  # checks the scaling
 
     def to_dict(self) -> dict[str, Any]:
         """config.json's content."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vicugna.errors import VicugnaError
 from vicugna.models.layers import decoder, rope
 from vicugna.models.layers.attention import Attend, Span
-from vicugna.models.layers.config import Shape, rope_keys
+from vicugna.models.layers.config import Shape
 from vicugna.models.layers.mlp import SwiGLU
 from vicugna.models.layers.moe import routed
 from vicugna.models.layers.norm import RMSNorm
@@ -70,7 +70,7 @@ class Config(Shape):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """As `Shape.from_dict`, from either form of the file; RoPE's keys as `rope_keys`."""
+        """As `Shape.from_dict`, from either form of the file."""
         if values.get("model_type") == "llama4":
             text, vision = (values.get(key) or {} for key in ("text_config", "vision_config"))
             if not isinstance(text, Mapping) or not isinstance(vision, Mapping):
@@ -81,14 +81,13 @@ class Config(Shape):
         else:
             values = {**values, "vision_config": None}
         # Absent keys have defaults; a null head_dim means hidden_size / num_attention_heads.
-        values = {"num_key_value_heads": 8, "head_dim": 128, **values, **rope_keys(values)}
+        values = {"num_key_value_heads": 8, "head_dim": 128, **values}
         if isinstance(values.get("attn_temperature_tuning"), int):  # 4 in files of the release
             values["attn_temperature_tuning"] = bool(values["attn_temperature_tuning"])
         return super().from_dict(values)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        rope.inverse_frequencies(2, self.rope_theta, self.rope_scaling)  # checks the scaling
         for field in fields(self):
             if field.type is int:
                 self.at_least(field.name, 0 if field.name in IMAGE_KEYS else 1)

@@ -3,13 +3,12 @@
 Jiang et al., arXiv 2310.06825. Parameter names are those of Hugging Face's MistralForCausalLM.
 """
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import Any
 
-from vicugna.models.layers import decoder, rope
+from vicugna.models.layers import decoder
 from vicugna.models.layers.attention import Span
-from vicugna.models.layers.config import Shape, rope_keys, spans
+from vicugna.models.layers.config import Shape, spans
 from vicugna.models.layers.mlp import SwiGLU
 from vicugna.models.llama import Attention, Layer
 
@@ -24,14 +23,8 @@ class Config(Shape):
     sliding_window: int | None = 4096
     layer_types: list[str] | None = None
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """As `Shape.from_dict`; RoPE's keys as `rope_keys`."""
-        return super().from_dict({**values, **rope_keys(values)})
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        rope.inverse_frequencies(2, self.rope_theta, self.rope_scaling)  # checks the scaling
         self.spans()
 
     def spans(self) -> list[Span]:

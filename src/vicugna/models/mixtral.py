@@ -4,16 +4,15 @@ Jiang et al., arXiv 2401.04088. Parameter names are those of the published files
 expert's matrices w1 (gate), w3 (up) and w2 (down) are tensors of their own: see `pieces`.
 """
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import Any
 
 from torch import Tensor, nn
 
 from vicugna.errors import VicugnaError
-from vicugna.models.layers import decoder, rope
+from vicugna.models.layers import decoder
 from vicugna.models.layers.attention import Attend, Span
-from vicugna.models.layers.config import Shape, rope_keys
+from vicugna.models.layers.config import Shape
 from vicugna.models.layers.moe import Experts, Router
 from vicugna.models.layers.norm import RMSNorm
 from vicugna.models.llama import Attention
@@ -38,14 +37,8 @@ class Config(Shape):
     router_aux_loss_coef: float = 0.001
     router_jitter_noise: float = 0.0
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """As `Shape.from_dict`; RoPE's keys as `rope_keys`."""
-        return super().from_dict({**values, **rope_keys(values)})
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        rope.inverse_frequencies(2, self.rope_theta, self.rope_scaling)  # checks the scaling
         if self.sliding_window is not None:
             self.at_least("sliding_window", 1)
         if not 1 <= self.num_experts_per_tok <= self.num_local_experts:

@@ -31,10 +31,13 @@ class Shape:
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
         """Read config.json's mapping; keys that the dataclass does not have are ignored.
 
-        `num_key_value_heads` and `head_dim` may be absent, as in older files. Raises VicugnaError
-        for missing keys, wrong types, and switches that change the mathematics in ways not built.
+        `num_key_value_heads` and `head_dim` may be absent, as in older files; where there is a
+        `rope_scaling`, RoPE's keys are read by `rope_keys`. Raises VicugnaError for missing keys,
+        wrong types, and switches that change the mathematics in ways not built.
         """
         fields = dataclasses.fields(cls)
+        if any(field.name == "rope_scaling" for field in fields):
+            config = {**config, **rope_keys(config)}
         nullable = {field.name for field in fields if NoneType in get_args(field.type)}
         values = {key: value for key, value in config.items()
                   if value is not None or key in nullable}
@@ -68,6 +71,8 @@ class Shape:
         if self.head_dim % 2:
             raise VicugnaError(f"head_dim {self.head_dim} is odd", "config.json",
                                "Rotary embedding needs an even head_dim")
+        scaling = getattr(self, "rope_scaling", None)
+        rope.inverse_frequencies(2, self.rope_theta, scaling)  # names what is wrong with it
 
     def at_least(self, name: str, least: int) -> None:
         """Raise VicugnaError if the field `name` is below `least`."""
