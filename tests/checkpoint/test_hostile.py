@@ -281,12 +281,12 @@ def test_files_of_terabytes(name, saved, tmp_path, opened):
 def test_as_many_tensors_as_a_header_holds(saved, tmp_path, opened):
     folder = copy(saved, "llama", tmp_path)
     entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
-    header = json.dumps({f"model.layers.{n}.x": entry for n in range(22_000)},
+    header = json.dumps({f"model.layers.{n}.x": entry for n in range(33_000)},
                         separators=(",", ":")).encode()
     assert len(header) < weights.HEADER_BYTES
     (folder / weights.SINGLE).write_bytes(struct.pack("<Q", len(header)) + header)
     for layers, says in ((2, "missing lm_head.weight"), (400, "missing lm_head.weight"),
-                         (22_000, "num_hidden_layers is 22,000, but")):
+                         (33_000, "num_hidden_layers is 33,000, but")):
         edit(folder / "config.json", lambda config, n=layers: config.update(num_hidden_layers=n))
         refused(opened(folder), says)
 

@@ -138,6 +138,15 @@ def test_shards(tmp_path, monkeypatch):
     assert {name: t.file.name for name, t in found.items()} == index["weight_map"]
 
 
+def test_what_is_written_can_be_read(tmp_path):
+    """However many tensors there are, and however long their names."""
+    one = torch.ones(1)
+    tensors = {f"{'layers.' * 16}{n}": one for n in range(2 * weights.SHARD_TENSORS + 1)}
+    weights.write(tmp_path, tensors)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) == 3 and weights.scan(files).keys() == tensors.keys()
+
+
 def read(folder: Path, name: str, dtype: torch.dtype) -> torch.Tensor:
     found = weights.scan(sorted(folder.glob("*.safetensors")))[name]
     return weights.Mapped().read([found], found.shape, dtype, torch.device("cpu"))

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from vicugna import models
 from vicugna.checkpoint.weights import Mapped, Stored, broken, short
@@ -35,7 +36,7 @@ def build(config: Mapping[str, Any], stored: Mapping[str, Stored], where: str) -
     try:
         module = models.architecture(config.get("model_type"))
         chosen = module.Config.from_dict(config)
-        with torch.device("meta"):
+        with torch.device("meta"), _Undrawn():
             return module.Network(chosen)
     except VicugnaError as error:
         raise VicugnaError(error.what, where, error.fix) from error
@@ -43,6 +44,16 @@ def build(config: Mapping[str, Any], stored: Mapping[str, Stored], where: str) -
             ValueError) as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise broken(f"no network can be built from it: {reason}", where) from error
+
+
+class _Undrawn(TorchFunctionMode):
+    """Modules are made without drawing first values, which the checkpoint's replace."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init" and "tensor" in kwargs:
+            return kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def fill(network: Any, stored: Mapping[str, Stored], dtype: torch.dtype | None,

@@ -23,8 +23,8 @@ from vicugna.files import write_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-SHARD_BYTES = 5 * 10**9
-HEADER_BYTES = 2 * 10**6  # some 15,000 tensors in one file; more only serves to use up time
+SHARD_BYTES, SHARD_TENSORS = 5 * 10**9, 10_000
+HEADER_BYTES = 3 * 10**6  # some 25,000 tensors in one file; more only serves to use up time
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FP8, SCALE = torch.float8_e4m3fn, "_scale_inv"
@@ -263,8 +263,9 @@ def raw_bytes(tensor: Tensor) -> memoryview:
 
 
 def write(folder: Path, tensors: Mapping[str, Tensor | Stored]) -> None:
-    """Write float `tensors` as model.safetensors, or as shards of at most SHARD_BYTES and an index.
-    Those that are still stored elsewhere are read one by one.
+    """Write float `tensors` as model.safetensors, or as an index and shards of at most SHARD_BYTES
+    and SHARD_TENSORS, which `scan` takes. Those that are still stored elsewhere are read one by
+    one.
 
     The bytes depend on names, dtypes, shapes and values alone. The caller makes the whole of
     `folder` atomic and durable. Raises VicugnaError or OSError.
@@ -273,7 +274,7 @@ def write(folder: Path, tensors: Mapping[str, Tensor | Stored]) -> None:
     filled = 0
     for name, tensor in sorted(tensors.items()):
         filled += tensor.nbytes
-        if shards[-1] and filled > SHARD_BYTES:
+        if shards[-1] and (filled > SHARD_BYTES or len(shards[-1]) == SHARD_TENSORS):
             shards.append({})
             filled = tensor.nbytes
         shards[-1][name] = tensor
