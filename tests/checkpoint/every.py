@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 import transformers
 
 from vicugna import checkpoint, models
+from vicugna.errors import VicugnaError
 
 SIZES = {"vocab_size": 280, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
@@ -60,3 +62,12 @@ def save(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -> torch.n
                 buffer.normal_()
     model.save_pretrained(folder)
     return model
+
+
+def fails(folder: Path, says: str) -> None:
+    """Loading refuses with one line that holds `says` and names the folder."""
+    with pytest.raises(VicugnaError) as caught:
+        checkpoint.read(folder)
+    assert says in str(caught.value)
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -4,7 +4,6 @@ import io
 import json
 from pathlib import Path
 
-import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
@@ -12,7 +11,6 @@ from torch import Tensor
 
 from vicugna import checkpoint
 from vicugna.checkpoint import meta_config
-from vicugna.errors import VicugnaError
 from vicugna.model import Model
 
 D, H, V = 64, 8, 96
@@ -162,15 +160,6 @@ def meaning(config: dict) -> dict:
              "bos_token_id", "eos_token_id", "pad_token_id", "pretraining_tp", "use_cache"}
     return {key: meaning(value) if isinstance(value, dict) else value
             for key, value in config.items() if key not in notes}
-
-
-def fails(folder: Path, says: str) -> None:
-    """Loading refuses with one line that holds `says` and names the folder."""
-    with pytest.raises(VicugnaError) as caught:
-        checkpoint.read(folder)
-    assert says in str(caught.value)
-    assert str(folder) in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 def edit(folder: Path, **changes) -> None:

@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from every import fails
 
 from vicugna import checkpoint, models, tokenizer
 from vicugna.checkpoint import directory, weights
@@ -69,15 +70,6 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
 def folder(tmp_path):
     save_llama(tmp_path / "m", tie_word_embeddings=True)
     return tmp_path / "m"
-
-
-def fails(folder: Path, says: str) -> None:
-    """Loading refuses with one line that holds `says` and names the folder."""
-    with pytest.raises(VicugnaError) as caught:
-        checkpoint.read(folder)
-    assert says in str(caught.value)
-    assert str(folder) in str(caught.value)
-    assert "\n" not in str(caught.value)
 
 
 # From transformers and back.

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 import transformers
+from every import fails
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from meta_kit import (
@@ -20,7 +21,6 @@ from meta_kit import (
     change,
     edit,
     equal,
-    fails,
     files_of,
     llama,
     llama_shards,

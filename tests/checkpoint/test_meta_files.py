@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from every import fails
 from meta_kit import (
     PARAMS4,
     THIRD,
@@ -18,7 +19,6 @@ from meta_kit import (
     V,
     change,
     edit,
-    fails,
     llama,
     llama_shards,
     one_layer,

@@ -19,6 +19,8 @@ from vicugna.models.layers.attention import Dense
 TINY = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 3,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
         "rms_norm_eps": 1e-5, "initializer_range": 0.1}
+YARN = {"max_position_embeddings": 256, "rope_parameters": {
+    "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1e6}}
 LOGITS = 1e-5  # greatest difference of float32 logits
 
 

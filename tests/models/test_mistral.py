@@ -26,9 +26,7 @@ CASES = {
     "tied": {"tie_word_embeddings": True},
     "large theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e8}},
     "linear rope": {"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 1e4}},
-    "yarn": {"max_position_embeddings": 256, "rope_parameters": {
-        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64,
-        "rope_theta": 1e6}},
+    "yarn": parity.YARN,
 }
 
 

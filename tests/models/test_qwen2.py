@@ -25,9 +25,7 @@ CASES = {
                                                "sliding_attention"]},
     "heads unlike the width": {"head_dim": 24},
     "every head its own": {"num_key_value_heads": 4},
-    "yarn": {"max_position_embeddings": 256, "rope_parameters": {
-        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64,
-        "rope_theta": 1e6}},
+    "yarn": parity.YARN,
 }
 
 

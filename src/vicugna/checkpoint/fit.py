@@ -110,7 +110,7 @@ def _parts(network: Any, stored: Mapping[str, Stored], where: str | Path
            ) -> tuple[dict[str, list[Stored]], dict[str, Stored]]:
     """What each parameter and buffer is made of, in order, and the extra tensors."""
     config, state, tied = network.config, network.state_dict(), _ties(network)
-    pieces, extra = _hook(network, "pieces"), _hook(network, "extra")
+    pieces, extra = of_module(network, "pieces"), of_module(network, "extra")
     extras = {name: tensor for name, tensor in stored.items() if extra(name, config)}
     # A tied head may be stored too, and (before transformers 4.31) RoPE's frequencies.
     stored = {name: tensor for name, tensor in stored.items()
@@ -129,7 +129,7 @@ def _parts(network: Any, stored: Mapping[str, Stored], where: str | Path
 def named_tensors(network: Any) -> dict[str, Tensor]:
     """All that was loaded, by its names in a checkpoint's files and without copies: parameters
     (tied ones once, stacked ones in their pieces), buffers and extra tensors."""
-    tied, pieces = _ties(network), _hook(network, "pieces")
+    tied, pieces = _ties(network), of_module(network, "pieces")
     result: dict[str, Tensor] = {}
     for name, tensor in network.state_dict().items():
         if name not in tied:
@@ -139,9 +139,9 @@ def named_tensors(network: Any) -> dict[str, Tensor]:
     return result | getattr(network, "extra_tensors", {})
 
 
-def _hook(network: Any, name: str) -> Callable[[str, Any], Any]:
-    """What an architecture's module says of names of tensors; nothing if it has no such function.
-    """
+def of_module(network: Any, name: str) -> Callable[[str, Any], Any]:
+    """The function `name` (pieces, extra) of the network's module; one that says None of every
+    tensor where the architecture has none."""
     module = models.architecture(network.config.to_dict()["model_type"])
     return getattr(module, name, lambda name, config: None)
 

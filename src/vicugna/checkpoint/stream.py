@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vicugna import models
 from vicugna.checkpoint import fit
 from vicugna.checkpoint.digest import digest
 from vicugna.checkpoint.directory import Survey
@@ -41,8 +40,7 @@ class _Stream(Mapping[str, Tensor]):
                  kinds: Mapping[str, torch.dtype], report: Report) -> None:
         self._parts, self._kinds, self._report, self._done = parts, kinds, report, 0
         # Experts that files hold stacked are named apart, as they are of a network.
-        module = models.architecture(network.config.to_dict()["model_type"])
-        pieces = getattr(module, "pieces", lambda name, config: None)
+        pieces = fit.of_module(network, "pieces")
         self._places = {name: (whole, n, len(names)) for whole in parts
                         for names in [pieces(whole, network.config) or [whole]]
                         for n, name in enumerate(names)}
