@@ -34,8 +34,9 @@ class Generation:
 
 
 def load(path: str | Path, dtype: str = "float32", device: str = "cpu") -> "Model":
-    """Load the checkpoint in folder `path`, or of Hub id `org/name[@revision]`; `dtype` is
-    "float32", "bfloat16", "float16", or "auto" for what is stored. Raises VicugnaError."""
+    """Load the checkpoint `path` (a folder in Hugging Face's form or Meta's, or a GGUF file), or of
+    Hub id `org/name[@revision]`; `dtype` is "float32", "bfloat16", "float16", or "auto" for what is
+    stored. Raises VicugnaError."""
     if dtype not in DTYPES:
         raise VicugnaError(f"unknown dtype {dtype!r}", "load", f"Use one of {', '.join(DTYPES)}")
     try:

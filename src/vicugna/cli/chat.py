@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vicugna.cli import output
 from vicugna.errors import VicugnaError
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class Chat:
 
 
 def chat(
-    model: Annotated[str, typer.Argument(help="A Hugging Face style folder, or a Hub id.")],
+    model: output.ModelArgument,
     once: Annotated[str | None, typer.Option(help="Answer this one message and end.")] = None,
     system: Annotated[str, typer.Option(help="System prompt.")] = "",
     max_new_tokens: Annotated[int, typer.Option(min=0, help="0: to the context's end.")] = 0,
@@ -45,8 +46,8 @@ def chat(
     top_p: Annotated[float, typer.Option(help="Sample from this share of the mass.")] = 1.0,
     top_k: Annotated[int, typer.Option(min=0, help="Sample from this many; 0: off.")] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Makes sampling repeatable.")] = 0,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto (as stored).")] = "float32",
-    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, ...")] = "cpu",
+    dtype: output.Dtype = "float32",
+    device: output.Device = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per answer.")] = False,
 ) -> None:
     """Talk to MODEL. In a pipe, each line of standard input is one message."""

@@ -13,7 +13,10 @@ if TYPE_CHECKING:  # it imports PyTorch, which takes seconds: not for --help
     from vicugna.evals import Row
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-ModelArgument = Annotated[str, typer.Argument(help="A Hugging Face style folder, or a Hub id.")]
+ModelArgument = Annotated[str, typer.Argument(
+    help="A folder (Hugging Face, Meta), a GGUF file, or a Hub id.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto (as stored).")]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, ...")]
 
 
 def say(line: str) -> None:

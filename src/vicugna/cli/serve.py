@@ -7,16 +7,18 @@ from typing import Annotated
 
 import typer
 
+from vicugna.cli import output
+
 
 def serve(
-    model: Annotated[str, typer.Argument(help="A Hugging Face style folder, or a Hub id.")],
+    model: output.ModelArgument,
     host: Annotated[str, typer.Option(help="Address to bind.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to bind; 0 picks a free one.")] = 8000,
     name: Annotated[str | None, typer.Option(help="The model's id; its folder's name.")] = None,
     api_key: Annotated[str | None, typer.Option(
         envvar="VICUGNA_API_KEY", help="Key for clients; needed beyond this machine.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto (as stored).")] = "float32",
-    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, ...")] = "cpu",
+    dtype: output.Dtype = "float32",
+    device: output.Device = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object when ready.")] = False,
 ) -> None:
     """Serve MODEL over HTTP: OpenAI's API under /v1, and a chat page at /."""
