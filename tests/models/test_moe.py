@@ -64,18 +64,27 @@ def test_grouped_products_equal_the_loop(weigh_input, dtype, near, monkeypatch):
     used = torch.tensor([1, 2, 4, 5, 6, 7])
     x, _, weight, gate_up, down = case(N=24, E=9, dtype=dtype)
     inputs = (x, used[case(N=24, E=6)[1]], weight, gate_up, down)
-    due = outcome(moe.routed, inputs, weigh_input=weigh_input)
-    monkeypatch.setattr(moe, "_can_group", lambda *_: True)
-    got = outcome(moe.routed, inputs, weigh_input=weigh_input)
+    due, got = [], []
+    for group, values in ((False, due), (True, got)):
+        monkeypatch.setattr(moe, "_can_group", lambda *_, group=group: group)
+        values += outcome(moe.routed, inputs, weigh_input=weigh_input)
     for a, b in zip(got, due, strict=True):
         assert_close(a, b, atol=near * b.abs().max().item(), rtol=0)
     for gradient in got[-2:]:
         assert not gradient[[0, 3, 8]].any() and gradient[used].flatten(1).any(1).all()
 
 
-def test_which_matrices_are_grouped():
-    """Nothing on a CPU: there a grouped product is a loop too."""
-    assert not moe._can_group(torch.zeros(4, 8, dtype=torch.bfloat16), torch.zeros(2, 8, 8))
+@pytest.mark.parametrize(("D", "F", "dtype", "training", "grouped"), [
+    (8, 16, torch.bfloat16, True, True), (4, 8, torch.float32, True, True),
+    (8, 16, torch.bfloat16, False, False), (4, 8, torch.bfloat16, True, False),
+    (8, 6, torch.float32, True, False), (8, 8, torch.float64, True, False)])
+def test_which_products_are_grouped(D, F, dtype, training, grouped):
+    """On a CPU: those of training, in rows of 16 bytes, as far as PyTorch has them."""
+    down = torch.zeros(2, D, F, dtype=dtype, requires_grad=True)
+    with torch.set_grad_enabled(training):
+        assert moe._can_group(torch.zeros(4, D, dtype=dtype), down) is grouped
+    assert not moe._can_group(torch.zeros(4, D, dtype=dtype), down.detach())
+    assert not moe._can_group(torch.zeros(0, D, dtype=dtype), down)
 
 
 def test_stacks_may_be_views():
@@ -110,8 +119,7 @@ def test_bfloat16_stays_bfloat16():
     assert made.dtype == torch.bfloat16
 
 
-def test_vicugnas_mixture_has_the_bits_it_had():
-    """Its definition, written out."""
+def test_vicugnas_mixture_is_its_definition():
     torch.manual_seed(0)
     layer = MoE(16, 24, 6, 3)
     for parameter in layer.parameters():
@@ -129,7 +137,7 @@ def test_vicugnas_mixture_has_the_bits_it_had():
         out.append(F.linear(F.silu(gate) * up, layer.down_proj[e]))
     due = torch.zeros_like(x).index_add(0, order // 3,
                                         torch.cat(out) * weight.flatten()[order, None])
-    assert torch.equal(layer(x.view(2, 15, 16)).view(30, 16), due)
+    assert_close(layer(x.view(2, 15, 16)).view(30, 16), due)
     assert list(layer.state_dict()) == ["gate_up_proj", "down_proj", "expert_bias", "router.weight"]
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -29,16 +30,14 @@ def routed(x_ND: Tensor, chosen_Nk: Tensor, weight_Nk: Tensor, gate_up_EFD: Tens
     out_MD = work(x_MD, end_E, gate_up_EFD, down_EDF)
     if not weigh_input:
         out_MD = out_MD * weight_M1
-    if out_MD.is_cuda:  # where index_add would add in another order each time
-        return out_MD[order_M.argsort()].view(N, k, -1).sum(1)
-    return out_MD.new_zeros(x_ND.shape).index_add(0, token_M, out_MD)
+    return out_MD[order_M.argsort()].view(N, k, x_ND.shape[1]).sum(1)
 
 
 def _one_by_one(x_MD: Tensor, end_E: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
     """Each expert that was chosen, on its block of tokens."""
-    # The backward passes of `split` and `unbind` write every gradient once; those of indexing
-    # would add up a whole stack for each expert.
-    blocks, out = x_MD.split(end_E.diff(prepend=end_E.new_zeros(1)).tolist()), []
+    # Not by indexing, whose backward pass would add up a whole stack for each expert.
+    blocks = x_MD.split([end - begin for begin, end in pairwise([0, *end_E.tolist()])])
+    out = []
     for block_mD, gate_up_FD, down_DF in zip(blocks, gate_up_EFD.unbind(), down_EDF.unbind(),
                                              strict=True):
         if len(block_mD):
@@ -56,11 +55,17 @@ def _grouped(x_MD: Tensor, end_E: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor)
 
 
 def _can_group(x_MD: Tensor, down_EDF: Tensor) -> bool:
-    """Whether PyTorch's grouped kernels take it: bfloat16 on CUDA from compute capability 8.0 on,
-    rows of a multiple of 16 bytes."""
-    return (x_MD.is_cuda and len(x_MD) > 0 and _product_dtype(x_MD) == torch.bfloat16
-            and down_EDF.shape[1] % 8 == down_EDF.shape[2] % 8 == 0
-            and torch.cuda.get_device_capability(x_MD.device) >= (8, 0))
+    """Whether PyTorch's grouped products take it, rows of a multiple of 16 bytes, and are quicker.
+
+    On CUDA they are: one kernel, for bfloat16 from compute capability 8.0 on. On a CPU they are a
+    loop too, but one that writes the gradients of all experts in place."""
+    dtype = _product_dtype(x_MD)
+    if not len(x_MD) or any(size * dtype.itemsize % 16 for size in down_EDF.shape[1:]):
+        return False
+    if x_MD.is_cuda:
+        return (dtype == torch.bfloat16
+                and torch.cuda.get_device_capability(x_MD.device) >= (8, 0))
+    return dtype != torch.float64 and torch.is_grad_enabled() and down_EDF.requires_grad
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
