@@ -6,7 +6,7 @@ import re
 import secrets
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -21,7 +21,7 @@ from vicugna.tokenizer import model_file, settings
 from vicugna.tokenizer.chat import ROLES, TEMPLATE, Message, Renderer, breaking
 from vicugna.tokenizer.model_file import BYTES, panics_caught
 from vicugna.tokenizer.sandbox import Template
-from vicugna.tokenizer.settings import Settings
+from vicugna.tokenizer.settings import ImageSettings, Settings
 
 FILES = ("tokenizer.json", "tokenizer.model")  # the first that is there is read
 BOS, END_OF_TEXT, END_OF_TURN = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"
@@ -154,6 +154,7 @@ class Tokenizer:
         changed = self._raw.add_tokens(more) if more else 0
         self.json = self._raw.to_str(pretty=True) if changed or raw else tokenizer_json
         self.config, self.templates, self._names_map = said.config, said.templates, said.names_map
+        self.processors, self.images = said.processors, ImageSettings.read(said.processors)
         self._compiled: dict[str, Template] = {}
         self._added = dict(sorted(self._raw.get_added_tokens_decoder().items()))
         self._names = said.names
@@ -202,10 +203,12 @@ class Tokenizer:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over the tokenizer, the names of its special tokens and the chat templates."""
+        """SHA-256 over the tokenizer, the names of its special tokens, the chat templates, and the
+        settings of pictures if there are any."""
         several = self.templates.keys() - {"default"}
+        images = {} if self.images is None else {"images": asdict(self.images)}
         return files.digest_of({"tokenizer": json.loads(self.json), "names": self._names,
-                                "template": self.templates if several else self.template})
+                                "template": self.templates if several else self.template, **images})
 
     def save(self, folder: str | Path) -> None:
         """Write the Hugging Face files; each is replaced atomically."""
@@ -218,6 +221,8 @@ class Tokenizer:
         files.write_text(folder / "tokenizer.json", self.json)
         files.write_json(folder / "tokenizer_config.json", config)
         files.write_json(folder / "special_tokens_map.json", self._names_map or self._names)
+        for name, content in self.processors.items():
+            files.write_json(folder / name, content)
 
     def id_of(self, name: str) -> int | None:
         """The id of a control token, or None when there is no such one."""

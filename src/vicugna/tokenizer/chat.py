@@ -15,8 +15,9 @@ RARE = (0x20000, 0x2A6DE)
 TEMPLATE = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
 
 
-def check_messages(messages: Any, where: str = "messages") -> None:
-    """Raise VicugnaError, naming the message's index, unless `messages` is a chat."""
+def check_messages(messages: Any, where: str = "messages", images: bool = True) -> None:
+    """Raise VicugnaError, naming the message's index, unless `messages` is a chat; without
+    `images`, one of text alone."""
     if not isinstance(messages, list) or not messages:
         raise VicugnaError("not a list of messages, or an empty one", where,
                            'Give [{"role": "user", "content": "..."}]')
@@ -24,6 +25,17 @@ def check_messages(messages: Any, where: str = "messages") -> None:
         if problem := _problem(message):
             raise VicugnaError(problem, f"{where}[{index}]",
                                'A message looks like {"role": "user", "content": "..."}')
+    if not images and (found := image_parts(messages)):
+        raise VicugnaError("pictures are not taken here", f"{where}[{min(found)[0]}]",
+                           "Use text alone")
+
+
+def image_parts(messages: list[Message]) -> dict[tuple[int, int], Message]:
+    """The pictures of a chat, by the index of their message and of their part in it."""
+    return {(m, p): part for m, message in enumerate(messages)
+            if isinstance(content := message.get("content"), list)
+            for p, part in enumerate(content)
+            if isinstance(part, dict) and "image" in str(part.get("type"))}
 
 
 def _problem(message: Any) -> str | None:
