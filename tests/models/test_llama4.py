@@ -308,9 +308,9 @@ def test_gradients_reach_the_vision_encoder():
 
 
 IMAGE_ERRORS = {
-    "a tile too many": ((5, 3, 24, 24), "36 image tokens, but 5 tiles make 45 features"),
-    "a tile too few": ((3, 3, 24, 24), "36 image tokens, but 3 tiles make 27 features"),
-    "none": ((0, 3, 24, 24), "0 tiles"),
+    "a tile too many": ((5, 3, 24, 24), "36 image tokens, but 45 features"),
+    "a tile too few": ((3, 3, 24, 24), "36 image tokens, but 27 features"),
+    "none": ((0, 3, 24, 24), "36 image tokens, but 0 features"),
     "a wrong size": ((4, 3, 24, 28), "Give tiles of 3 x 24 x 24"),
     "no batch": ((3, 24, 24), "Give tiles of 3 x 24 x 24"),
 }

@@ -252,23 +252,29 @@ class Multimodal(nn.Module):
         """As of the networks of text alone."""
         return self.language_model.lm_head
 
+    def see(self, images: Tensor) -> Tensor:
+        """Pixel values of tiles [N, 3, H, W] -> their features [M, D], in order. VicugnaError for
+        tiles of a wrong size."""
+        return self.multi_modal_projector["linear_1"](self.vision_model(images).flatten(0, 1))
+
     def forward(self, tokens_BT: Tensor, positions_BT: Tensor, attend: Attend,
-                images: Tensor | None = None) -> Tensor:
+                images: Tensor | None = None, features_MD: Tensor | None = None) -> Tensor:
         """As `decoder.Network`. `images` holds pixel values [tiles, 3, H, W] of all tiles in these
         tokens, row by row; their features, in order, replace the embeddings of the image tokens.
+        Who reads a prompt in parts gives each the `features_MD` of its own image tokens instead.
 
         Raises VicugnaError unless there are as many image tokens as features, or for tiles of a
-        wrong size. Without `images`, image tokens keep their own embedding.
+        wrong size. Without either, image tokens keep their own embedding.
         """
-        if images is None:
+        if images is not None:
+            features_MD = self.see(images)
+        if features_MD is None:
             return self.language_model(tokens_BT, positions_BT, attend)
-        project, index = self.multi_modal_projector["linear_1"], self.config.image_token_index
-        features_MD = project(self.vision_model(images).flatten(0, 1))
+        index = self.config.image_token_index
         stands_BT = tokens_BT == index
         if (count := int(stands_BT.sum())) != len(features_MD):
-            raise VicugnaError(f"{count} image tokens, but {len(images)} tiles make "
-                               f"{len(features_MD)} features", "images",
-                               f"Write token {index} once for each feature of a tile")
+            raise VicugnaError(f"{count} image tokens, but {len(features_MD)} features of tiles",
+                               "images", f"Write token {index} once for each feature of a tile")
         decoder_ = self.language_model.model
         x_BTD = decoder_.embed_tokens(tokens_BT)
         x_BTD = x_BTD.masked_scatter(stands_BT[:, :, None], features_MD.to(x_BTD.dtype))
