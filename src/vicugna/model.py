@@ -12,7 +12,7 @@ from vicugna import checkpoint, engine
 from vicugna.engine import Delta, Sampling
 from vicugna.errors import VicugnaError
 from vicugna.models.layers.attention import Dense
-from vicugna.tokenizer import Tokenizer
+from vicugna.tokenizer import Tokenizer, images
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
           "auto": None}
@@ -105,12 +105,12 @@ class Model:
         return self.network.lm_head(self.network(tokens, positions, Dense(), **seen)).float()
 
     def generate(self, prompt: Prompt, **settings: Any) -> Generation:
-        """Continue a text (after the beginning-of-text token), or answer a list of {"role",
-        "content"} messages through the chat template. `settings` are engine.Sampling's:
+        """Continue or answer a prompt (see `read`). `settings` are engine.Sampling's:
         max_new_tokens=64, temperature=0.0 (the likeliest token), seed=0, top_k, top_p, min_p, stop.
         VicugnaError without a tokenizer, for an impossible setting, for a prompt too long."""
-        tokenizer, tokens, sampling = self._ask(prompt, **settings)
-        done = engine.generate(self.network, tokenizer, [tokens], sampling)[0]
+        sampling, tokenizer = _sampling(settings), self._text()
+        tokens, seen = self.read(prompt)
+        done = engine.generate(self.network, tokenizer, [tokens], sampling, images=[seen])[0]
         read, said = len(tokens), len(done.tokens)
         usage = {"prompt_tokens": read, "completion_tokens": said, "total_tokens": read + said}
         return Generation(done.text, tokenizer.split_reasoning(done.tokens, tokens)[0], done.tokens,
@@ -118,20 +118,35 @@ class Model:
 
     def stream(self, prompt: Prompt, **settings: Any) -> Iterator[Delta]:
         """As `generate`, token by token; the last delta has a finish_reason. Errors come now."""
-        return engine.stream(self.network, *self._ask(prompt, **settings))
+        sampling, tokenizer = _sampling(settings), self._text()
+        tokens, seen = self.read(prompt)
+        return engine.stream(self.network, tokenizer, tokens, sampling, images=seen)
+
+    def read(self, prompt: Prompt) -> tuple[list[int], Tensor | None]:
+        """Tokens of a text to continue (after the beginning-of-text token), or of a list of
+        {"role", "content"} messages to answer, through the chat template; and the tiles of the
+        pictures in it, as `logits` takes them, None if it has none. A content may be parts such as
+        {"type": "text", "text": "..."} and, for a model that sees, {"type": "image", "image" (of
+        Pillow), "path", or "url" (data:)}."""
+        tokenizer = self._text()
+        if isinstance(prompt, str):
+            return tokenizer.prompt(prompt), None
+        return images.read(tokenizer, prompt, self.config)
 
     def save(self, folder: str | Path) -> None:
         """Write a Hugging Face directory, whole or not at all; loading it gives this digest."""
         checkpoint.write(folder, self.network, self.tokenizer, self.generation_config)
 
-    def _ask(self, prompt: Prompt, **settings: Any) -> tuple[Tokenizer, list[int], Sampling]:
-        if (tok := self.tokenizer) is None:
+    def _text(self) -> Tokenizer:
+        if self.tokenizer is None:
             raise VicugnaError("this model has no tokenizer: there is no tokenizer.json", "text",
                                "Add its tokenizer files to the folder, or use logits()")
-        try:
-            sampling = Sampling(**settings)
-        except TypeError as error:  # a name that Sampling does not have, or a value's type
-            known = ", ".join(field.name for field in fields(Sampling))
-            raise VicugnaError(str(error), "sampling", f"The settings are {known}") from error
-        tokens = tok.prompt(prompt) if isinstance(prompt, str) else tok.chat(prompt)
-        return tok, tokens, sampling
+        return self.tokenizer
+
+
+def _sampling(settings: dict[str, Any]) -> Sampling:
+    try:
+        return Sampling(**settings)
+    except TypeError as error:  # a name that Sampling does not have, or a value's type
+        known = ", ".join(field.name for field in fields(Sampling))
+        raise VicugnaError(str(error), "sampling", f"The settings are {known}") from error
