@@ -124,6 +124,8 @@ def test_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     ("a.jsonl", '{"messages": [{"role": "x"}]}', "a.jsonl line 1, messages[0]", "role must be"),
     ("a.jsonl", '{"messages": [{"role": "user", "content": "x"}]}', "a.jsonl line 1",
      "no assistant message"),
+    ("a.jsonl", json.dumps({"messages": [{"role": "user", "content": [{"type": "image"}]}, *CHAT]}),
+     "a.jsonl line 1, messages[0]", "pictures are not taken"),
     ("a.jsonl", "\n\n", "a.jsonl", "no text"),
     ("a.jsonl", json.dumps({"text": "x"}) + "\n" + json.dumps({"messages": CHAT}), "a.jsonl",
      "mixed"),

@@ -59,7 +59,9 @@ GOOD = {"prompt": "Who?", "answers": ["Ann"]}
     {"prompt": "Who?", "answers": [""]}, {"prompt": "Who?", "answers": [3]},
     {"prompt": 3, "answers": ["a"]}, {"messages": [], "answers": ["a"]},
     {"messages": [{"role": "boss", "content": "x"}], "answers": ["a"]},
-    {"messages": [{"role": "user"}], "answers": ["a"]}, {**GOOD, "messages": []},
+    {"messages": [{"role": "user"}], "answers": ["a"]},
+    {"messages": [{"role": "user", "content": [{"type": "image", "path": "a.png"}]}],
+     "answers": ["a"]}, {**GOOD, "messages": []},
     {"messages": [{"role": "assistant", "content": "x"}], "answers": ["a"]},
     {**GOOD, "context_file": "missing.txt"}, {**GOOD, "context_file": 3}, {**GOOD, "task": 4},
     "[" * 100_000])

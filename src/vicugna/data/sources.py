@@ -217,7 +217,7 @@ def _document(value: dict[str, Any], column: str | None, where: str) -> Text | C
     # Columnar files fill absent keys with nulls.
     messages = [{k: v for k, v in m.items() if v is not None} if isinstance(m, dict) else m
                 for m in content]
-    check_messages(messages, f"{where}, messages")
+    check_messages(messages, f"{where}, messages", images=False)
     if all(message["role"] != "assistant" for message in messages):
         raise VicugnaError("no assistant message to learn from", where, "Add one")
     return Chat(messages, value.get("tools"), where)

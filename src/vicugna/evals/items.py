@@ -78,7 +78,7 @@ def _item(line: str, index: int, path: Path, where: str) -> Item:
     if not all(map(_plain, asked.answers)):
         raise VicugnaError("an answer has no words in it", where, 'Write "answers": ["..."]')
     messages = asked.messages or [{"role": "user", "content": asked.prompt}]
-    check_messages(messages, where)
+    check_messages(messages, where, images=False)
     if messages[-1]["role"] == "assistant":
         raise VicugnaError("the last message is the assistant's", where, "End with a question")
     if asked.context_file:
