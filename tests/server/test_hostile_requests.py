@@ -83,9 +83,11 @@ def test_unsupported_parameter_is_named_never_ignored(live: SimpleNamespace, nam
 @pytest.mark.parametrize(("message", "says"), [
     ("hi", "messages[0]"), ({}, "role"), ({"role": "user"}, "content"),
     ({"role": "user", "content": None}, "content"), ({"role": "user", "content": 3}, "content"),
-    ({"role": "king", "content": "hi"}, "role"), ({"role": "user", "content": [3]}, "text parts"),
+    ({"role": "king", "content": "hi"}, "role"), ({"role": "user", "content": [3]}, "parts must"),
     ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///x"}}]},
-     "text parts"),
+     "no vision encoder"),
+    ({"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}, "parts must"),
+    ({"role": "user", "content": "\0"}, "NUL"),
     ({"role": "user", "content": [{"type": "text", "text": "\ud800"}]}, "JSON"),
     ({"role": "tool", "content": "4", "tool_call_id": "x"}, "tool"),
     ({"role": "assistant", "content": None, "tool_calls": [{"id": "x"}]}, "tool"),

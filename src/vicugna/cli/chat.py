@@ -105,11 +105,11 @@ def _obey(conversation: Chat, text: str, as_json: bool = False) -> None:
 
 def _answer(chat: Chat, text: str, as_json: bool) -> None:
     """Print one answer: as it comes (reasoning only on a terminal), or at its end as JSON."""
-    from vicugna.server.reply import prompt_tokens, reply
+    from vicugna.server.reply import read_chat, reply
 
     system = [{"role": "system", "content": chat.system}] if chat.system else []
     user = {"role": "user", "content": text}
-    prompt = prompt_tokens(chat.model, [*system, *chat.turns, user])
+    prompt, _ = read_chat(chat.model, [*system, *chat.turns, user])
     terminal, thoughts, answer, tokens = sys.stdout.isatty() and not as_json, "", "", 0
     try:
         for reasoning, new, _, delta in reply(chat.model, prompt, chat.sampling):

@@ -17,12 +17,13 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from torch import Tensor
 
 from vicugna.errors import VicugnaError
 from vicugna.model import Model
 from vicugna.server.guard import Guard
 from vicugna.server.protocol import ApiError, ChatRequest, parse, token_logprobs
-from vicugna.server.reply import ContextExceeded, prompt_tokens, reply, tokenizer_of
+from vicugna.server.reply import ContextExceeded, read_chat, reply, tokenizer_of
 from vicugna.server.worker import Worker
 
 MAX_BODY_BYTES = 10_000_000
@@ -53,11 +54,11 @@ class Server:
         turns = [{"role": message.role, "content": message.content,
                   "reasoning": message.reasoning_content} for message in request.messages]
         try:
-            prompt = prompt_tokens(self.model, turns)
+            prompt, images = read_chat(self.model, turns)
         except VicugnaError as error:
             code = "context_length_exceeded" if isinstance(error, ContextExceeded) else None
             raise ApiError(400, f"{error}.", "messages", code) from error
-        return Answer(self, request, prompt)
+        return Answer(self, request, prompt, images)
 
     async def complete(self, request: Request) -> Response:
         """Answer a chat completion, whole or streamed; a client that leaves ends it."""
@@ -80,8 +81,9 @@ class Server:
 class Answer:
     """Makes one request's answer in OpenAI's form, and keeps the count of tokens."""
 
-    def __init__(self, server: Server, request: ChatRequest, prompt: list[int]) -> None:
-        self.server, self.request, self.prompt = server, request, prompt
+    def __init__(self, server: Server, request: ChatRequest, prompt: list[int],
+                 images: Tensor | None) -> None:
+        self.server, self.request, self.prompt, self.images = server, request, prompt, images
         self.head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()),
                      "model": server.name, "system_fingerprint": server.fingerprint}
         self.completion_tokens = self.reasoning_tokens = 0
@@ -94,7 +96,8 @@ class Answer:
 
     async def _steps(self) -> AsyncIterator[tuple[dict[str, str], list[Any], str | None]]:
         """(new text by field, logprob entries, finish reason) of every step."""
-        start = partial(reply, self.server.model, self.prompt, self.request.sampling())
+        start = partial(reply, self.server.model, self.prompt, self.request.sampling(),
+                        images=self.images)
         async for reasoning, answer, thinking, delta in self.server.worker.run(start):
             self.completion_tokens += len(delta.tokens)
             self.reasoning_tokens += len(delta.tokens) * thinking

@@ -12,6 +12,7 @@ from vicugna.tokenizer import Tokenizer
 
 MAX_SEED = 2**63 - 1
 MAX_TOKENS = 100_000_000
+MAX_IMAGES = 16  # of a request: as tiles, a Llama 4 needs up to 12 MB for each
 
 # Parameters that change the answer and that we do not have, with values that mean "not used".
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -53,10 +54,11 @@ class Part(BaseModel):
 
 
 class Message(Part):
-    """One turn. A list of text parts arrives here joined by newlines; null fields as absent."""
+    """One turn. A list of text parts arrives here joined by newlines, one with pictures in it as
+    `Model.read` takes it; null fields as absent."""
 
     role: Literal["system", "user", "assistant"]
-    content: Text
+    content: Text | list[dict[str, str]]
     reasoning_content: Text = ""
     name: str = ""
 
@@ -70,17 +72,31 @@ class Message(Part):
             raise ValueError("tool calls are not supported by this server")
         return value | {"role": "system"} if value.get("role") == "developer" else value
 
-    @field_validator("content", mode="before")
+    @field_validator("content", mode="plain")
     @classmethod
-    def _joined(cls, value: Any) -> Any:
-        return "\n".join(map(_part_text, value)) if isinstance(value, list) else value
+    def _read(cls, value: Any) -> str | list[dict[str, str]]:
+        if not isinstance(value, list):
+            return _text(value)
+        parts = list(map(_part, value))
+        texts = [part["text"] for part in parts if part["type"] == "text"]
+        return "\n".join(texts) if len(texts) == len(parts) else parts
 
 
-def _part_text(part: Any) -> str:
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or "\0" in value:
+        raise ValueError("content must be text without NUL, or a list of parts")
+    return value
+
+
+def _part(part: Any) -> dict[str, str]:
     match part:
-        case {"type": "text", "text": str(text)}:
-            return text
-    raise ValueError('only text parts are supported: {"type": "text", "text": "..."}')
+        case {"type": "text", "text": text}:
+            return {"type": "text", "text": _text(text)}
+        case {"type": "image_url", "image_url": {"url": str(url), **more}} if more in (
+                {}, {"detail": "auto"}):
+            return {"type": "image", "url": url}
+    raise ValueError('parts must be {"type": "text", "text": "..."} or {"type": "image_url", '
+                     '"image_url": {"url": "data:..."}}, without a "detail"')
 
 
 class ChatRequest(Part):
@@ -112,6 +128,14 @@ class ChatRequest(Part):
                 raise ApiError(400, f"'{key}' is not supported by this server.", key,
                                "unsupported_parameter")
         return value
+
+    @field_validator("messages")
+    @classmethod
+    def _few_images(cls, messages: list[Message]) -> list[Message]:
+        parts = [part for one in messages for part in one.content if isinstance(part, dict)]
+        if sum(part["type"] == "image" for part in parts) > MAX_IMAGES:
+            raise ValueError(f"more than {MAX_IMAGES} pictures")
+        return messages
 
     @field_validator("stop", mode="before")
     @classmethod

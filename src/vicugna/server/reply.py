@@ -3,6 +3,8 @@
 from collections.abc import Callable, Generator
 from typing import Any
 
+from torch import Tensor
+
 from vicugna import engine
 from vicugna.engine import Delta, Sampling
 from vicugna.errors import VicugnaError
@@ -25,24 +27,24 @@ def tokenizer_of(model: Model) -> Tokenizer:
     return model.tokenizer
 
 
-def prompt_tokens(model: Model, messages: list[dict[str, Any]]) -> list[int]:
-    """Tokens of messages to answer; never cut.
+def read_chat(model: Model, messages: list[dict[str, Any]]) -> tuple[list[int], Tensor | None]:
+    """Tokens of messages to answer, never cut, and the tiles of their pictures (`Model.read`).
 
     Raises ContextExceeded, with both counts, when no room is left for an answer.
     """
-    tokens, context = tokenizer_of(model).chat(messages), model.config.max_position_embeddings
+    (tokens, images), context = model.read(messages), model.config.max_position_embeddings
     if len(tokens) >= context:
         raise ContextExceeded(f"the conversation is {len(tokens)} tokens long, and the model's "
                               f"context holds {context} tokens, answer included", "",
                               "Shorten it, or begin a new one")
-    return tokens
+    return tokens, images
 
 
 def reply(model: Model, prompt: list[int], sampling: Sampling,
-          cancelled: Callable[[], bool] | None = None) -> Replies:
+          cancelled: Callable[[], bool] | None = None, images: Tensor | None = None) -> Replies:
     """Stream the reply as (new reasoning, new answer, whether it is thinking, delta)."""
     splitter = ReasoningSplitter(tokenizer_of(model), prompt)
-    for delta in engine.stream(model.network, model.tokenizer, prompt, sampling, cancelled):
+    for delta in engine.stream(model.network, model.tokenizer, prompt, sampling, cancelled, images):
         reasoning, answer = splitter.push(delta.text, delta.finish_reason is not None)
         yield reasoning, answer, bool(reasoning) or splitter.inside, delta
 
