@@ -19,6 +19,14 @@ SHAPE = {"vocab_size": 610, "hidden_size": 64, "intermediate_size": 96, "num_hid
          "bos_token_id": 590, "eos_token_id": 591}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64}
+LLAMA4 = {"model_type": "llama4_text", "head_dim": 16, "intermediate_size": 64,
+          "intermediate_size_mlp": 96, "num_hidden_layers": 4, "num_local_experts": 6,
+          "num_experts_per_tok": 1, "interleave_moe_layer_step": 2}
+DEEPSEEK = {"model_type": "deepseek_v3", "num_key_value_heads": 4, "rms_norm_eps": 1e-6,
+            "q_lora_rank": 32, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 8,
+            "v_head_dim": 24, "moe_intermediate_size": 32, "n_routed_experts": 8,
+            "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1,
+            "num_nextn_predict_layers": 0}
 MODELS = {
     "llama": {"model_type": "llama"},
     "llama tied": {"model_type": "llama", "tie_word_embeddings": True, "rope_theta": 500000.0},
@@ -32,6 +40,18 @@ MODELS = {
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen2 yarn": {"model_type": "qwen2", "rope_scaling": {
         "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}},
+    "llama4": LLAMA4,
+    "llama4 3.1": LLAMA4 | {"rope_scaling": LLAMA3, "tie_word_embeddings": True,
+                            "interleave_moe_layer_step": 1, "num_experts_per_tok": 2,
+                            "num_hidden_layers": 4},
+    "deepseek": DEEPSEEK,
+    "deepseek lite": DEEPSEEK | {"q_lora_rank": None, "norm_topk_prob": False, "n_group": 4,
+                                 "topk_group": 4, "n_shared_experts": 2, "rope_theta": 5e4,
+                                 "num_experts_per_tok": 2},
+    "deepseek yarn": DEEPSEEK | {"tie_word_embeddings": True, "rope_interleave": False,
+                                 "first_k_dense_replace": 0, "rope_scaling": {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64,
+        "mscale": 0.707, "mscale_all_dim": 0.707}},
 }
 
 
@@ -49,7 +69,10 @@ def network_of(changes: dict, dtype: torch.dtype = torch.float32) -> torch.nn.Mo
             parameter.normal_(std=0.1, generator=generator)
             if "norm" in name:
                 parameter.add_(1)
-    return network.to(dtype).eval()
+            parameter.data = parameter.to(dtype)
+        for buffer in network.buffers():  # by which routers choose: float32 whatever the rest is
+            buffer.normal_(std=0.1, generator=generator)
+    return network.eval()
 
 
 def folder_of(path: Path, changes: dict, tok: tokenizer.Tokenizer | None,
@@ -71,8 +94,11 @@ def same(a: checkpoint.Checkpoint, b: checkpoint.Checkpoint) -> None:
     assert a.digest == b.digest
 
 
-def rewritten(path: Path, to: Path, drop=("vicugna.", "tokenizer.huggingface"), **changes) -> Path:
-    """Copy a GGUF file through the package, without our own keys, some changed (None: left out)."""
+def rewritten(path: Path, to: Path, drop=("vicugna.", "tokenizer.huggingface"), tensors=None,
+              **changes) -> Path:
+    """Copy a GGUF file through the package, without our own keys, some keys or tensors changed
+    (None: left out)."""
+    tensors = tensors or {}
     reader = gguf.GGUFReader(path)
     keys = {name: field for name, field in reader.fields.items()
             if not name.startswith(("GGUF.", "general.architecture", *drop))}
@@ -84,7 +110,10 @@ def rewritten(path: Path, to: Path, drop=("vicugna.", "tokenizer.huggingface"), 
         if value is not None:
             writer.add_key_value(name, value, gguf.GGUFValueType.get_type(value))
     for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
+        if tensor.name not in tensors:
+            writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
+        elif tensors[tensor.name] is not None:
+            writer.add_tensor(tensor.name, tensors[tensor.name])
     for write in (writer.write_header_to_file, writer.write_kv_data_to_file,
                   writer.write_tensors_to_file, writer.close):
         write()

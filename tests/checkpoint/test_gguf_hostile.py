@@ -2,11 +2,12 @@
 
 import os
 import struct
+from pathlib import Path
 
 import gguf_kit
 import numpy as np
 import pytest
-from gguf_kit import MODELS, fails, folder_of
+from gguf_kit import MODELS, fails, folder_of, rewritten
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -123,12 +124,41 @@ def test_weights_that_are_not_numbers(tmp_path, small):
     fails(tmp_path / "m.gguf", "NaN or infinite")
 
 
+@pytest.fixture(scope="module")
+def mixtures(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("gguf")
+    for name in ("llama4", "deepseek", "deepseek yarn"):
+        folder_of(folder / "a", MODELS[name], None)
+        convert(folder / "a", folder / f"{name}.gguf")
+    return {path.stem: path for path in folder.glob("*.gguf")}
+
+
+@pytest.mark.parametrize(("name", "tensor", "shape", "says"), [
+    ("llama4", "blk.1.ffn_up_exps.weight", None, "half of tensor model.layers.1.feed_forward.exp"),
+    ("deepseek", "blk.0.attn_k_b.weight", None, "half of tensor model.layers.0.self_attn.kv_b"),
+    ("deepseek", "blk.0.attn_v_b.weight", (4, 24, 63), "its keys make no model"),
+    ("deepseek", "blk.0.attn_v_b.weight", (24,), "its keys make no model"),
+    ("deepseek", "blk.0.attn_k_b.weight", (4, 64, 33), "kv_b_proj.weight is [228, 64] instead"),
+    ("deepseek", "blk.1.ffn_up_exps.weight", (5000, 1, 1), "5,000 experts"),
+    ("deepseek", "blk.1.ffn_up_exps.weight", (9, 32, 64), "unexpected model.layers.1.mlp.experts"),
+    ("deepseek", "blk.1.exp_probs_b.bias", None, "missing model.layers.1.mlp.gate.e_score"),
+    ("llama4", "blk.1.ffn_gate_exps.weight", (64,), "its keys make no model"),
+    ("llama4", "blk.1.ffn_gate_exps.weight", (6, 63, 64), "instead of [6, 64, 128]"),
+    ("llama4", "blk.1.ffn_down_exps.weight", (2, 2, 2, 2), "is [2, 2, 2, 2] instead of"),
+])
+def test_parts_that_do_not_fit(tmp_path, mixtures, name, tensor, shape, says):
+    zeros = shape and np.zeros(shape, np.float32)
+    for drop in (("vicugna.",), ("nothing",)):  # with our config, and by GGUF's keys alone
+        fails(rewritten(mixtures[name], tmp_path / "m.gguf", drop, {tensor: zeros}), says)
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_no_damage_to_a_header_breaks_out(tmp_path_factory, small, data):
+def test_no_damage_to_a_header_breaks_out(tmp_path_factory, small, mixtures, data):
     """A damaged file is read or refused with one line; nothing else happens."""
-    damaged = bytearray(small)
-    where = st.integers(0, 700) | st.integers(0, len(small) - 1)
+    chosen = data.draw(st.sampled_from(["llama", *mixtures]))
+    damaged = bytearray(mixtures[chosen].read_bytes() if chosen in mixtures else small)
+    where = st.integers(0, 1400) | st.integers(0, len(damaged) - 1)
     for at, value in data.draw(st.lists(st.tuples(where, st.integers(0, 255)), min_size=1,
                                         max_size=4)):
         damaged[at] = value

@@ -1,6 +1,7 @@
 """From one form of a checkpoint to another, tensor by tensor, losing nothing without leave."""
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vicugna.checkpoint import directory, fit, gguf
+from vicugna.checkpoint import directory, fit, gguf, gguf_keys
 from vicugna.checkpoint.gguf_file import MAGIC
 from vicugna.checkpoint.weights import Mapped, Stored
 from vicugna.errors import Refused, VicugnaError
@@ -28,7 +29,7 @@ class Losses:
     def __init__(self, allowed: bool, where: str) -> None:
         self.allowed, self.where = allowed, where
         self.notes: list[str] = []
-        self.rounded: dict[torch.dtype, list[int]] = {}  # tensors and values of them that changed
+        self.rounded: dict[torch.dtype, Counter[str]] = {}  # how many values of which tensors
 
     def note(self, what: str) -> None:
         """Something is lost: Refused unless that is allowed."""
@@ -37,9 +38,9 @@ class Losses:
                           "Allow it with --lossy")
         self.notes.append(what)
 
-    def cast(self, tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-        """The tensor as `dtype`; values that it cannot hold exactly are a loss, those that are too
-        large for it a VicugnaError."""
+    def cast(self, tensor: Tensor, dtype: torch.dtype, name: str, part: str = "") -> Tensor:
+        """The tensor, or this part of it, as `dtype`; values that it cannot hold exactly are a
+        loss, those that are too large for it a VicugnaError."""
         cast = tensor.to(dtype)
         if torch.promote_types(tensor.dtype, dtype) == dtype:  # it holds every value
             return cast
@@ -47,21 +48,20 @@ class Losses:
         if changed := sum(int((new.to(old.dtype) != old).count_nonzero()) for new, old in pairs):
             kind = str(dtype).removeprefix("torch.")
             if not bool(torch.isfinite(cast).all()):
-                raise VicugnaError(f"tensor {name} has values that are too large for {kind}",
+                raise VicugnaError(f"tensor {name}{part} has values that are too large for {kind}",
                                    self.where, "Choose bfloat16 or float32")
             if not self.allowed:
                 most = float((cast.to(tensor.dtype) - tensor).abs().max())
-                self.note(f"digits: as {kind}, {changed:,} of {tensor.numel():,} values of {name} "
-                          f"would change, by up to {most:.1e}")
-            count = self.rounded.setdefault(dtype, [0, 0])
-            count[0], count[1] = count[0] + 1, count[1] + changed
+                self.note(f"digits: as {kind}, {changed:,} of {tensor.numel():,} values of "
+                          f"{name}{part} would change, by up to {most:.1e}")
+            self.rounded.setdefault(dtype, Counter())[name] += changed
         return cast
 
     def summary(self) -> list[str]:
         """What was lost, a line for each kind of loss."""
-        return self.notes + [f"digits: {values:,} values of {tensors:,} tensors rounded to "
-                             f"{str(dtype).removeprefix('torch.')}"
-                             for dtype, (tensors, values) in self.rounded.items()]
+        return self.notes + [f"digits: {changed.total():,} values of {len(changed):,} tensors "
+                             f"rounded to {str(dtype).removeprefix('torch.')}"
+                             for dtype, changed in self.rounded.items()]
 
 
 def convert(source: str | Path, target: str | Path, form: str | None = None,
@@ -89,24 +89,27 @@ def convert(source: str | Path, target: str | Path, form: str | None = None,
     parts, extras = fit.parts(network, found.stored, found.folder)
     if form == "gguf":
         _foresee(losses, found.config, dtype, len(extras))
+        found, parts = gguf.text_part(found, parts)
     wanted = parts | ({} if form == "gguf" else extras)
     mapped, total, done = Mapped(), len(wanted), list[Stored]()
     say = report(total) if report else lambda done, name: None
 
-    def read(stored: Stored, dtype: torch.dtype) -> Tensor:
+    def read(stored: Stored) -> Tensor:
         if done:
             mapped.give_back(done[-1])
         done.append(stored)
         say(len(done), stored.name)
         wide = torch.float32 if stored.scale is not None else stored.dtype
-        tensor = mapped.read([stored], stored.shape, wide, torch.device("cpu"))
-        return losses.cast(tensor, dtype, stored.name)
+        return mapped.read([stored], stored.shape, wide, torch.device("cpu"))
+
+    def load(stored: Stored, dtype: torch.dtype) -> Tensor:
+        return losses.cast(read(stored), dtype, stored.name)
 
     if form == "gguf":
         with disk_errors(target), replacing(target) as temporary:
-            gguf.write(temporary, found, wanted, dtype, read)
+            gguf.write(temporary, found, wanted, dtype, read, losses.cast)
     else:
-        tensors = {name: replace(stored, dtype=kind, scale=None, load=partial(read, stored, kind))
+        tensors = {name: replace(stored, dtype=kind, scale=None, load=partial(load, stored, kind))
                    for name, stored in wanted.items()
                    for kind in [FLOATS.get(dtype or "", stored.kind)]}
         directory.write_tensors(target, found, tensors)
@@ -116,7 +119,7 @@ def convert(source: str | Path, target: str | Path, form: str | None = None,
 
 def _foresee(losses: Losses, config: dict[str, Any], dtype: str | None, extras: int) -> None:
     """Note what is lost in GGUF whatever the values are."""
-    for what in gguf.lost(config):
+    for what in gguf_keys.lost(config):
         losses.note(what)
     if extras:
         losses.note(f"{extras:,} tensors that the model does not compute with")
