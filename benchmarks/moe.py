@@ -67,7 +67,7 @@ def steps(shape: tuple[int, int, int, int], N: int, device: str, dtype: torch.dt
               *(weight for each in experts.values() for weight in each.parameters())]
     return {"eager": lambda: experts["eager"](x, chosen, weight),
             "grouped_mm": lambda: experts["grouped_mm"](x, chosen, weight),
-            "ours": lambda: routed(x, chosen, weight, *ours), "dense": dense}, leaves
+            "ours": lambda: routed(x, chosen, weight, ours[0], ours[1]), "dense": dense}, leaves
 
 
 def seconds(step: Step, backward: bool, leaves: list[Tensor]) -> float:
