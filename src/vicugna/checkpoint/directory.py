@@ -26,7 +26,7 @@ CHECKPOINT_FILE = re.compile(r"\.(safetensors|json|jinja|model)$|^merges\.txt$|^
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 # Of tokenizers, chat templates and processors of images: kept as they are when a model is saved.
 KEPT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-              "added_tokens.json", "tokenizer.model", "vocab.json", "merges.txt",
+              "added_tokens.json", "tokenizer.model", "tekken.json", "vocab.json", "merges.txt",
               "chat_template.jinja", "chat_template.json", "processor_config.json",
               "preprocessor_config.json")
 TEMPLATES = "additional_chat_templates"  # a folder of *.jinja
@@ -286,7 +286,8 @@ def _changed(origin: dict[str, Any], before: dict[str, Any], now: dict[str, Any]
 def _write_folder(folder: str | Path, tensors: Mapping[str, Tensor | Stored], dtype: torch.dtype,
                   config: Mapping[str, Any], generation_config: Mapping[str, Any],
                   tokenizer: Tokenizer | None, files: Mapping[str, bytes]) -> None:
-    """Replace `folder`; the tokenizer's files are `files`, if there are any."""
+    """Replace `folder`; the tokenizer's files are `files`, if tokenizer.json is one of them, or
+    else those of its maker, if any, and what we make of them."""
     folder = Path(os.path.expanduser(folder)).resolve()
     with disk_errors(folder):
         others = [path.name for path in (folder.iterdir() if folder.exists() else ())
@@ -313,7 +314,7 @@ def _write_folder(folder: str | Path, tensors: Mapping[str, Tensor | Stored], dt
         for file, content in files.items():
             (temporary / file).parent.mkdir(exist_ok=True)
             (temporary / file).write_bytes(content)
-        if tokenizer and not files:
+        if tokenizer and "tokenizer.json" not in files:
             tokenizer.save(temporary)
         if code.exists():
             shutil.copyfile(code, temporary / code.name)

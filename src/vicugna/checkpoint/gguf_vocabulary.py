@@ -108,8 +108,9 @@ def describe(tokenizer: Tokenizer | None, files: Mapping[str, bytes], config: Ma
         usual = said if isinstance(said, bool) else mark is not None and ids.get(mark) == id
         found[f"add_{kind}_token"] = usual and id is not None
     texts = {name: text.decode() for name, text in files.items() if FILES.fullmatch(name)}
-    texts.setdefault("tokenizer_config.json", json.dumps(tokenizer.config, ensure_ascii=False))
     whole = files["tokenizer.json"].decode() if "tokenizer.json" in files else tokenizer.json
+    if "tokenizer.json" not in files or "tokenizer_config.json" not in texts:
+        texts["tokenizer_config.json"] = json.dumps(tokenizer.config, ensure_ascii=False)
     keys = {f"{GGML}{key}": value for key, value in found.items()}
     keys |= {WHOLE: whole, OURS: json.dumps(texts, ensure_ascii=False, sort_keys=True)}
     return keys | ({TEMPLATE: tokenizer.template} if tokenizer.template else {})

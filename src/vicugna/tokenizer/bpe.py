@@ -23,7 +23,8 @@ from vicugna.tokenizer.model_file import BYTES, panics_caught
 from vicugna.tokenizer.sandbox import Template
 from vicugna.tokenizer.settings import ImageSettings, Settings
 
-FILES = ("tokenizer.json", "tokenizer.model")  # the first that is there is read
+# The first that is there is read.
+FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json")
 BOS, END_OF_TEXT, END_OF_TURN = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"
 THINK, END_THINK = "<think>", "</think>"
 # The last four are tokens a reader may see, as in other open models: decoding keeps them.
@@ -88,7 +89,7 @@ def valid_unicode(text: str, where: str = "text") -> str:
 def from_model_file(path: str | Path, version: str | None = None, legacy: bool = True
                     ) -> "Tokenizer":
     """The tokenizer in `tokenizer.model`, be it SentencePiece's (Llama 1, 2, Mistral) or the ranks
-    of tiktoken (Llama 3, 4). It has no chat template.
+    of tiktoken (Llama 3, 4), or in `tekken.json` (later Mistrals). It has no chat template.
 
     `version` is "3", "3.1" (3.2 and 3.3 too) or "4": it names the control tokens of ranks, which
     the file does not; None tells 3.1 from 4 by its size. `legacy` (SentencePiece only) puts a space
@@ -121,8 +122,8 @@ class Tokenizer:
             if path.name == FILES[0]:
                 self._set_up(files.read_text(path), None, said)
             else:
-                legacy = said.config.get("legacy") is not False
-                raw, config = model_file.read(path, None, legacy)
+                raw, config = (model_file.read_pair(path, said) if path.name == "vocab.json" else
+                               model_file.read(path, None, said.config.get("legacy") is not False))
                 self._set_up("", raw, replace(said, config={**config, **said.config}))
         except VicugnaError:
             raise
@@ -152,6 +153,8 @@ class Tokenizer:
         self._raw.no_padding()
         more = list(said.added({t.content for t in self._raw.get_added_tokens_decoder().values()}))
         changed = self._raw.add_tokens(more) if more else 0
+        if raw and any(raw.token_to_id(name) != id for name, id in said.added_ids.items()):
+            raise ValueError("the files beside it give its added tokens other ids")
         self.json = self._raw.to_str(pretty=True) if changed or raw else tokenizer_json
         self.config, self.templates, self._names_map = said.config, said.templates, said.names_map
         self.processors, self.images = said.processors, ImageSettings.read(said.processors)

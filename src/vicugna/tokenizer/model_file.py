@@ -1,9 +1,12 @@
-"""`tokenizer.model` of the models' makers, as the tokenizer.json that means the same.
+"""The tokenizer files of the models' makers, as the tokenizer.json that means the same.
 
-It has two forms: SentencePiece's (Llama 1 and 2, Mistral, Mixtral) and tiktoken's ranks (Llama 3
-and 4). The conversions are those of transformers (convert_slow_tokenizer.py).
+They have four forms: SentencePiece's tokenizer.model (Llama 1 and 2, Mistral, Mixtral), one of
+tiktoken's ranks (Llama 3 and 4), Mistral's tekken.json (Nemo, Small and later), and vocab.json with
+merges.txt (Qwen2). The conversions are those of transformers (convert_slow_tokenizer.py,
+integrations/mistral/tokenizer.py, tokenization_qwen2.py) and mistral_common (tekken.py).
 """
 
+import json
 import struct
 from base64 import b64decode
 from collections.abc import Callable, Collection, Iterator
@@ -17,8 +20,9 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from vicugna import files
 from vicugna.errors import VicugnaError
+from vicugna.tokenizer.settings import Settings
 
-MAX_BYTES = 16 * 10**6  # of a file; Llama 4's has 4 million
+MAX_BYTES = 24 * 10**6  # of a file; Mistral's have 19 million
 MAX_TOKENS = 1 << 19
 MAX_LENGTH = 256  # of a token, in characters or bytes; the longest known has 128
 VERSIONS = ("3", "3.1", "4")
@@ -36,6 +40,14 @@ _LLAMA_4_SPLIT = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_SHORT}|"
     rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_SHORT}|"
     r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+_QWEN_2_SPLIT = _LLAMA_3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+# The first control tokens of a tekken.json that lists none, as those of early versions do.
+_TEKKEN_EARLY = ("v1", "v2", "v3", "v7")
+_TEKKEN_NAMES = (
+    "<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]",
+    "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]",
+    "[IMG_END]", "[PREFIX]", "[MIDDLE]", "[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]",
+    "[TOOL_CONTENT]")
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # kinds of SentencePiece's pieces
 Text = TypeVar("Text", str, bytes)
 
@@ -55,20 +67,59 @@ def read(path: Path, version: str | None, legacy: bool) -> tuple[tokenizers.Toke
                                                                dict[str, Any]]:
     """The tokenizer in a maker's file, and what tokenizer_config.json says of it. `version` and
     `legacy` are `from_model_file`'s. Raises VicugnaError, within seconds on any file."""
-    with files.disk_errors(path):
-        size = path.stat().st_size
-        data = path.read_bytes() if size <= MAX_BYTES else b""
+    with _refused(path):
+        data = _content(path)
+        if data.startswith(b"\n"):  # the key of the first piece
+            return _sentencepiece(data, legacy)
+        return _tekken(json.loads(data)) if data.startswith(b"{") else _ranks(data, version)
+
+
+def read_pair(path: Path, said: Settings) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+    """As `read`, from vocab.json at `path` and merges.txt beside it, which do not say how text is
+    cut into words: the tokenizer_class does. VicugnaError unless it is Qwen2's."""
+    kind = said.config.get("tokenizer_class")
+    if kind not in ("Qwen2Tokenizer", "Qwen2TokenizerFast"):
+        raise VicugnaError(f"vocab.json and merges.txt of tokenizer_class {str(kind)[:40]!r} are "
+                           "not read", str(path), "Only Qwen2Tokenizer's are; add tokenizer.json")
+    merges_path = path.with_name("merges.txt")
+    with _refused(merges_path):
+        lines = _content(merges_path).decode().split("\n")
+        pairs = [(left, right) for left, right in (
+            line.split() for line in lines if line.strip() and not line.startswith("#version:"))]
+    with _refused(path):
+        ids = json.loads(_content(path))
+        if not (isinstance(ids, dict) and {type(id) for id in ids.values()} == {int}):
+            raise ValueError("it does not give every token a number")
+        if len(set(ids.values())) < len(ids):
+            raise ValueError("it has the same id twice")
+        if min(ids.values()) < 0 or max(ids.values()) >= MAX_TOKENS:
+            raise ValueError(f"its ids are not all between 0 and {MAX_TOKENS:,}")
+        if not BYTES.keys() <= ids.keys():
+            raise ValueError("it has no token for some byte")
+        raw = _byte_level(ids, pairs, _QWEN_2_SPLIT, said.config.get("add_prefix_space") is True)
+        raw.normalizer = normalizers.NFC()
+    ending = dict.fromkeys(("eos_token", "pad_token", "unk_token"), "<|endoftext|>")
+    return raw, {"bos_token": None, **ending, "clean_up_tokenization_spaces": False}
+
+
+@contextmanager
+def _refused(path: Path) -> Iterator[None]:
+    """Raise what the block raises over a broken file as VicugnaErrors about `path`."""
     try:
         with panics_caught():
-            if size > MAX_BYTES:
-                raise ValueError(f"{size:,} bytes are too many")
-            if data.startswith(b"\n"):  # the key of the first piece
-                return _sentencepiece(data, legacy)
-            return _ranks(data, version)
+            yield
     except VicugnaError:
         raise
     except Exception as error:  # the library raises plain Exception
-        raise VicugnaError(f"not a tokenizer: {error}", str(path), "Get the file again") from error
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise VicugnaError(f"not a tokenizer: {reason}", str(path), "Get the file again") from error
+
+
+def _content(path: Path) -> bytes:
+    with files.disk_errors(path):
+        if (size := path.stat().st_size) > MAX_BYTES:
+            raise ValueError(f"{size:,} bytes are too many")
+        return path.read_bytes()
 
 
 def _sentencepiece(data: bytes, legacy: bool) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
@@ -164,27 +215,66 @@ def _ranks(data: bytes, version: str | None) -> tuple[tokenizers.Tokenizer, dict
     lines = [line.split() for line in data.split(b"\n") if line]
     listed = sorted((int(rank), b64decode(token, validate=True)) for token, rank in lines)
     ranks = {token: rank for rank, token in listed}
-    if list(ranks.values()) != list(range(len(lines))) or len(lines) > MAX_TOKENS:
+    if [rank for rank, _ in listed] != list(range(len(lines))):
         raise ValueError("the ranks of its tokens are not 0, 1, 2, ...")
-    if not all(bytes([byte]) in ranks for byte in range(256)):
-        raise ValueError("it has no token for some byte")
-    text = {token: "".join(map(_CHARACTERS.__getitem__, token)) for token in ranks}
-    pairs = merges(ranks, lambda left, right: (ranks[left], ranks[right]))
-    raw = tokenizers.Tokenizer(models.BPE(
-        {text[token]: rank for token, rank in ranks.items()},
-        [(text[left], text[right]) for left, right in pairs], ignore_merges=True))
     version = version or ("4" if len(ranks) > 150_000 else "3.1")
-    split = _LLAMA_4_SPLIT if version == "4" else _LLAMA_3_SPLIT
-    raw.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(split), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    raw.decoder = decoders.ByteLevel()
+    raw = _of_ranks(ranks, [], _LLAMA_4_SPLIT if version == "4" else _LLAMA_3_SPLIT)
     special = _llama_4_names() if version == "4" else _llama_3_names(version)
     raw.add_special_tokens([AddedToken(name, normalized=False) for name in special])
     names = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
     if pads := [name for name in special if "right_pad" in name]:
         names["pad_token"] = pads[0]
     return _finished(raw, names)
+
+
+def _tekken(content: Any) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+    """From tekken.json: control tokens come first, and leave of the ranked tokens as many as
+    `default_vocab_size` has room for."""
+    config, listed = content["config"], content.get("special_tokens")
+    size, first = config["default_vocab_size"], config["default_num_special_tokens"]
+    ranked = content["vocab"][:max(0, size - first)]
+    if listed is None and config["version"] not in _TEKKEN_EARLY:
+        raise ValueError("it lists no special tokens")
+    special = list(_TEKKEN_NAMES) if listed is None else [
+        token["token_str"] for token in sorted(listed, key=lambda token: token["rank"])]
+    for entries in (ranked, listed or []):
+        if sorted(entry["rank"] for entry in entries) != list(range(len(entries))):
+            raise ValueError("the ranks of its tokens are not 0, 1, 2, ...")
+    if first + len(ranked) != size or not len(special) <= first <= MAX_TOKENS:
+        raise ValueError("it has fewer tokens than it says, or more special ones")
+    special += [f"<SPECIAL_{id}>" for id in range(len(special), first)]
+    raw = _of_ranks({b64decode(entry["token_bytes"], validate=True): entry["rank"]
+                     for entry in ranked}, special, config["pattern"])
+    raw.add_special_tokens([AddedToken(name, normalized=False) for name in special])
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    return _finished(raw, {key: name for key, name in names.items() if name in special})
+
+
+def _of_ranks(ranks: dict[bytes, int], special: list[str], split: str) -> tokenizers.Tokenizer:
+    """Byte-level BPE of tokens by rank, whose ids follow those of the `special` ones."""
+    first = len(special)
+    if not all(bytes([byte]) in ranks for byte in range(256)):
+        raise ValueError("it has no token for some byte")
+    text = {token: "".join(map(_CHARACTERS.__getitem__, token)) for token in ranks}
+    ids = {name: id for id, name in enumerate(special)} | {
+        text[token]: first + rank for token, rank in ranks.items()}
+    if len(ids) > MAX_TOKENS or set(ids.values()) != set(range(first + len(ranks))):
+        raise ValueError("it has too many tokens, or the same one twice")
+    pairs = merges(ranks, lambda left, right: (ranks[left], ranks[right]))
+    raw = _byte_level(ids, [(text[left], text[right]) for left, right in pairs], split)
+    raw.model.ignore_merges = True
+    return raw
+
+
+def _byte_level(ids: dict[str, int], pairs: list[tuple[str, str]], split: str,
+                add_prefix_space: bool = False) -> tokenizers.Tokenizer:
+    """Byte-level BPE over the words that the expression `split` cuts."""
+    raw = tokenizers.Tokenizer(models.BPE(ids, pairs))
+    raw.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(split), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space, use_regex=False)])
+    raw.decoder = decoders.ByteLevel()
+    return raw
 
 
 def _llama_3_names(version: str) -> list[str]:

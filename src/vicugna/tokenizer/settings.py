@@ -113,6 +113,12 @@ class Settings:
         newer = "added_tokens_decoder" in self.config
         return self.config if newer else {**self.config, **self.names_map}
 
+    @property
+    def added_ids(self) -> dict[str, int]:
+        """The ids that the files give to added tokens, by name."""
+        listed = self.config.get("added_tokens_decoder") or {}
+        return {_content(token): int(id) for id, token in listed.items()} or self.older
+
     def added(self, known: Collection[str]) -> Iterator[AddedToken]:
         """The tokens to add, or to correct, where the added ones of tokenizer.json are `known`."""
         listed = self.config.get("added_tokens_decoder") or {}
