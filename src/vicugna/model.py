@@ -100,7 +100,8 @@ class Model:
         seen = {}
         if images is not None:
             if not hasattr(self.network, "vision_model"):
-                raise VicugnaError("this model has no vision encoder", "logits", "Leave images out")
+                raise VicugnaError("of this model only text is read: it has no vision encoder here",
+                                   "logits", "Leave images out")
             seen["images"] = torch.as_tensor(images).to(tokens.device)
         return self.network.lm_head(self.network(tokens, positions, Dense(), **seen)).float()
 

@@ -19,9 +19,16 @@ EYES = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2,
         "projector_output_dim": 24, "vision_output_dim": 24}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
           "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+PIXTRAL = {"model_type": "pixtral", "hidden_size": 16, "intermediate_size": 24, "image_size": 28,
+           "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 14}
 CONFIGS = {
     "llama": {**SIZES, "rope_parameters": LLAMA3, "attention_bias": True, "pretraining_tp": 2},
     "mistral": {**SIZES, "sliding_window": 16, "tie_word_embeddings": True},
+    "ministral": {**SIZES, "sliding_window": 16, "head_dim": 8,
+                  "layer_types": ["full_attention", "sliding_attention"]},
+    "ministral3": {**SIZES, "head_dim": 8},
+    "mistral3": {"text_config": {**SIZES, "model_type": "mistral", "head_dim": 8},
+                 "vision_config": PIXTRAL, "tie_word_embeddings": False},
     "mixtral": {**SIZES, "num_local_experts": 3, "num_experts_per_tok": 2, "sliding_window": 16},
     "qwen2": {**SIZES, "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
     "deepseek_v3": {**SIZES, "num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 18,
@@ -38,7 +45,7 @@ EVERY = [*CONFIGS, "vicugna"]
 
 def auto(kind: str):
     """transformers' class that loads a checkpoint of this kind."""
-    return (transformers.AutoModelForImageTextToText if kind == "llama4"
+    return (transformers.AutoModelForImageTextToText if kind in ("llama4", "mistral3")
             else transformers.AutoModelForCausalLM)
 
 

@@ -129,8 +129,9 @@ HARMLESS = {"no_rope_layers", "interleave_moe_layer_step"}  # longer than needed
 def test_absurd_numbers(kind, saved, tmp_path, opened):
     folder = copy(saved, kind, tmp_path)
     config = json.loads((folder / "config.json").read_text())
-    sections = {"text_config": {**LARGE, **OWN["llama4"]}, "vision_config": EYES} if (
-        kind == "llama4") else {None: {**LARGE, **OWN.get(kind, {})}}
+    large = {**LARGE, **OWN.get(kind, {})}
+    sections = {"llama4": {"text_config": large, "vision_config": EYES},
+                "mistral3": {"text_config": large}}.get(kind, {None: large})
     for section, numbers in sections.items():
         for key, number in numbers.items():
             changed = json.loads(json.dumps(config))

@@ -22,6 +22,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "llama": {},
     "tied": {"model_type": "llama", "tie_word_embeddings": True},
     "qwen2": {},
+    "ministral3": {},
     "llama4_text": {"num_local_experts": 3, "head_dim": 4, "intermediate_size_mlp": 20},
     "vicugna": {"num_experts": 3, "num_experts_per_tok": 1},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},

@@ -55,7 +55,8 @@ def test_published_sizes(size, changes):
 def shapes(draw):
     """A config.json of any of them; keys of the others are ignored."""
     groups, experts = draw(st.integers(1, 3)), draw(st.integers(1, 6))
-    return {"model_type": draw(st.sampled_from(["llama", "mistral", "qwen2", "mixtral"])),
+    return {"model_type": draw(st.sampled_from(["llama", "mistral", "ministral", "ministral3",
+                                                "qwen2", "mixtral"])),
             "vocab_size": 97, "hidden_size": draw(st.integers(2, 20)),
             "intermediate_size": draw(st.integers(1, 20)),
             "num_hidden_layers": draw(st.integers(1, 3)), "num_key_value_heads": groups,

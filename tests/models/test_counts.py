@@ -71,6 +71,14 @@ def mistral(data: st.DataObject, c: Config) -> Sizes:
     return repeat(c, grouped(c), (F, F))
 
 
+def mistral3(data: st.DataObject, c: Config) -> Sizes:
+    """Without an image encoder, of which test_mistral3.py counts the parameters."""
+    text, kind = dict(c), data.draw(st.sampled_from(["mistral", "ministral3"]))
+    c.clear()
+    c |= {"text_config": {**text, "model_type": kind}}
+    return mistral(data, text)
+
+
 def qwen2(data: st.DataObject, c: Config) -> Sizes:
     F = swiglu(c["hidden_size"], c["intermediate_size"])
     return repeat(c, grouped(c, qkv_bias=True), (F, F))
@@ -148,8 +156,9 @@ def llama4(data: st.DataObject, c: Config) -> Sizes:
 
 
 FORMULAS: dict[str, Callable[[st.DataObject, Config], Sizes]] = {
-    f.__name__: f for f in (llama, mistral, qwen2, mixtral, vicugna, deepseek_v3, llama4_text,
-                            llama4)}
+    "ministral": mistral, "ministral3": mistral,
+    **{f.__name__: f for f in (llama, mistral, mistral3, qwen2, mixtral, vicugna, deepseek_v3,
+                               llama4_text, llama4)}}
 
 
 @cache
@@ -182,11 +191,13 @@ PUBLISHED = {  # exact sizes are those of the safetensors files on the Hub
     "llama-4-scout": 108_641_793_536, "llama-4-maverick": 401_583_781_376,
     "mistral-7b": 7_241_732_096, "mistral-7b-v0.3": 7_248_023_552,
     "mistral-nemo": 12_247_782_400, "mistral-small": 23_572_403_200,
+    "mistral-small-3.1": 24_011_361_280,
     "mixtral-8x7b": 46_702_792_704, "deepseek-r1-distill-qwen-1.5b": 1_777_088_000,
     "deepseek-r1-distill-qwen-32b": 32_763_876_352, "qwen2-7b": 7_615_616_512}
 STATED = {  # billions, total and active, as announced; DeepSeek's leave out the input embeddings
     "llama-3.1-8b": (8.03, 8.03), "llama-3.1-70b": (70.6, 70.6), "llama-3.1-405b": (405.85, 405.85),
     "llama-4-scout": (109, 17), "llama-4-maverick": (401.6, 17), "mixtral-8x7b": (46.7, 12.9),
+    "mistral-small-3.1": (24.0, 23.57),
     "mixtral-8x22b": (141, 39), "deepseek-v3": (671, 37), "behemoth": (2000, 288)}
 
 

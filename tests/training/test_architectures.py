@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from kit import batch, network, spec
+from kit import VOCAB, batch, network, spec
 
 from vicugna.models.layers.moe import Balanced
 from vicugna.training import cost
@@ -19,6 +19,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True, "mlp_bias": True},
     "mistral": {"sliding_window": 5},
     "mistral without a window": {"sliding_window": None},
+    "ministral3": {},
+    "mistral3": {"text_config": {
+        "model_type": "mistral", "vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24,
+        "num_hidden_layers": 2, "num_attention_heads": 2}},
     "qwen2": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
     "mixtral": {"num_local_experts": 4, "router_aux_loss_coef": 0.02},
     "deepseek_v3": {"num_key_value_heads": 2, "q_lora_rank": 12, "kv_lora_rank": 10,

@@ -276,7 +276,9 @@ def write_tensors(folder: str | Path, found: Survey, tensors: Mapping[str, Store
 
 def _changed(origin: dict[str, Any], before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     """config.json as it was, with what is otherwise `now` in the config that was made of it."""
-    changed = {key: value for key, value in now.items() if value != before.get(key)}
+    changed = {key: _changed(origin[key], before[key], value) if all(
+        isinstance(one.get(key), dict) for one in (origin, before, now)) and key.endswith("_config")
+        else value for key, value in now.items() if value != before.get(key)}
     if changed.keys() & {"rope_theta", "rope_scaling"}:  # these two keys say it all
         changed |= {key: now[key] for key in ("rope_theta", "rope_scaling")}
         origin = {key: value for key, value in origin.items() if key != "rope_parameters"}

@@ -2,7 +2,8 @@
 
 A network may hold as one parameter what files hold in pieces (a mixture's experts), and files may
 hold tensors that a network does not compute with (layers that predict further tokens). The
-architecture says which, by `pieces(name, config)` and `extra(name, config)` in its module.
+architecture says which, by `pieces(name, config)` and `extra(name, config)` in its module; where
+config.json alone does not say what the files hold, `meant(config, stored)` corrects it.
 """
 
 import math
@@ -35,7 +36,8 @@ def build(config: Mapping[str, Any], stored: Mapping[str, Stored], where: str) -
                              f"tensors of at most {rows:,} rows", where)
     try:
         module = models.architecture(config.get("model_type"))
-        chosen = module.Config.from_dict(config)
+        meant = getattr(module, "meant", lambda config, stored: config)
+        chosen = module.Config.from_dict(meant(config, stored))
         with torch.device("meta"), _Undrawn():
             return module.Network(chosen)
     except VicugnaError as error:

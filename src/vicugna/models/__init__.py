@@ -13,8 +13,9 @@ from torch import nn
 from vicugna.errors import VicugnaError
 
 # model_type -> the file that defines it.
-ARCHITECTURES = {name: name for name in ("deepseek_v3", "llama", "llama4", "mistral", "mixtral",
-                                         "qwen2", "vicugna")} | {"llama4_text": "llama4"}
+ARCHITECTURES = {name: name for name in (
+    "deepseek_v3", "llama", "llama4", "ministral3", "mistral", "mistral3", "mixtral", "qwen2",
+    "vicugna")} | {"llama4_text": "llama4", "ministral": "mistral"}
 
 
 def architecture(model_type: str | None) -> ModuleType:

@@ -49,7 +49,8 @@ class LayerCost:
 class Counts:
     """Parameters and costs of a network.
 
-    total       every parameter, once (tied ones too)
+    total       every parameter, once (tied ones too), those of an image encoder included that is
+                only kept
     active      those that a token of text passes, input embeddings and head included: all but the
                 image encoder and the experts not chosen
     multiplied  active parameters in matrix products: no input embeddings, norms or biases
@@ -100,7 +101,10 @@ def of(network: Any) -> Counts:
     text = {name: p for name, p in parameters.items() if not name.startswith(IMAGES)}
     multiplied = [p for name, p in text.items() if p.ndim > 1 and (
         not name.endswith("embed_tokens.weight") or p is network.lm_head.weight)]
-    return Counts(total=_size(parameters.values()), active=_size(text.values()) - routed + chosen,
+    module = models.architecture(network.config.to_dict()["model_type"])
+    kept = getattr(module, "kept", lambda config: 0)(network.config)
+    return Counts(total=_size(parameters.values()) + kept,
+                  active=_size(text.values()) - routed + chosen,
                   multiplied=_size(multiplied) - routed + chosen, routed=routed,
                   share=chosen / routed if routed else 0.0, layers=_layers(network))
 

@@ -1,6 +1,7 @@
-"""Mistral 7B, Nemo and Small: a Llama whose attention may see a sliding window only.
+"""Mistral 7B, Nemo, Small and Ministral: a Llama whose attention may see a sliding window only.
 
-Jiang et al., arXiv 2310.06825. Parameter names are those of Hugging Face's MistralForCausalLM.
+Jiang et al., arXiv 2310.06825. Parameter names are those of Hugging Face's MistralForCausalLM and
+MinistralForCausalLM, which is the same network.
 """
 
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ class Config(Shape):
     rope_scaling: dict[str, Any] | None = None
     sliding_window: int | None = 4096
     layer_types: list[str] | None = None
+    model_type: str = "mistral"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -38,8 +40,8 @@ class Config(Shape):
         values = asdict(self)
         if self.layer_types is None:  # the bare key makes transformers take it for a Ministral
             del values["layer_types"]
-        return {"model_type": "mistral", "architectures": ["MistralForCausalLM"],
-                "hidden_act": "silu", **values}
+        return {"architectures": [f"{self.model_type.title()}ForCausalLM"], "hidden_act": "silu",
+                **values}
 
 
 class Network(decoder.Network):

@@ -1,0 +1,84 @@
+"""Ministral 3: a Mistral with YaRN whose queries sharpen with the position.
+
+Parameter names are those of Hugging Face's Ministral3ForCausalLM; as published, it is the text
+model of a mistral3.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from vicugna.errors import VicugnaError
+from vicugna.models import llama, mistral
+from vicugna.models.layers import decoder
+from vicugna.models.layers.attention import Attend, Span
+from vicugna.models.layers.mlp import SwiGLU
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0,
+        "original_max_position_embeddings": 16384, "beta_fast": 32.0, "beta_slow": 1.0,
+        "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}
+
+
+@dataclass(frozen=True)
+class Config(mistral.Config):
+    """The keys of a Ministral 3's config.json, with Hugging Face's defaults; `rope_scaling` has
+    `llama_4_scaling_beta` too."""
+
+    model_type: str = "ministral3"
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """As `Shape.from_dict`."""
+        given = {key: value for key, value in values.items() if value is not None}
+        if not given.keys() & {"rope_parameters", "rope_scaling"}:
+            given["rope_parameters"] = YARN
+        return super().from_dict({
+            "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 262144, "sliding_window": None, **given})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("llama_4_scaling_beta", "original_max_position_embeddings"):
+            value = (self.rope_scaling or {}).get(key)
+            if not isinstance(value, int | float) or value <= 0:
+                raise VicugnaError(f"{key} of rope_parameters is {value!r}", "config.json",
+                                   "A Ministral 3 has a YaRN with this key")
+
+
+class Sharper:
+    """`attend` with queries times `scale_BT11`."""
+
+    def __init__(self, attend: Attend, scale_BT11: Tensor) -> None:
+        self.attend, self.scale_BT11, self.remembers = attend, scale_BT11, attend.remembers
+
+    def before(self, layer: int, x_BTD: Tensor, n: int) -> Tensor:
+        return self.attend.before(layer, x_BTD, n)
+
+    def __call__(self, layer: int, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor | None,
+                 span: Span) -> Tensor:
+        return self.attend(layer, q_BTHK * self.scale_BT11.to(q_BTHK.dtype), k_BTGK, v_BTGK, span)
+
+
+class Layer(llama.Layer):
+    """Queries grow with the logarithm of how often the original context went before them (arXiv
+    2501.19399, as in Llama 4): 1 + beta * log(1 + floor(position / original))."""
+
+    def __init__(self, config: mistral.Config, n: int) -> None:
+        super().__init__(config, llama.Attention(config, n, config.spans()[n]),
+                         SwiGLU(config.hidden_size, config.intermediate_size))
+        scaling = config.rope_scaling or {}
+        self.beta = scaling["llama_4_scaling_beta"]
+        self.original = scaling["original_max_position_embeddings"]
+
+    def forward(self, x_BTD: Tensor, positions_BT: Tensor, rotation: tuple[Tensor, Tensor],
+                attend: Attend) -> Tensor:
+        scale_BT = 1 + self.beta * torch.log1p(torch.floor(positions_BT / self.original))
+        sharper = Sharper(attend, scale_BT[:, :, None, None])
+        return super().forward(x_BTD, positions_BT, rotation, sharper)
+
+
+class Network(decoder.Network):
+    layer = Layer

@@ -1,0 +1,112 @@
+"""Mistral Small 3.1 and 3.2, and Ministral 3 as published: the text model of one that sees.
+
+Text is computed; the image encoder and its projector are kept as they are stored. Parameter names
+are those in the files of Hugging Face's Mistral3ForConditionalGeneration.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
+
+from torch import Tensor, nn
+
+from vicugna.errors import VicugnaError
+from vicugna.models import ministral3, mistral
+from vicugna.models.layers.attention import Attend
+
+TEXTS = {"mistral": mistral, "ministral3": ministral3}
+IMAGES = ("vision_tower.", "multi_modal_projector.")
+IMAGE_KEYS = ("vision_config", "image_token_index", "multimodal_projector_bias",
+              "projector_hidden_act", "spatial_merge_size", "vision_feature_layer")
+
+
+@dataclass(frozen=True)
+class Config(mistral.Config):
+    """The keys of `text_config`, whose `model_type` says which text model it is, and under `images`
+    those of config.json that are about images."""
+
+    images: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        kept(self)  # names what is wrong with them
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """As `Shape.from_dict`. The head is tied if config.json says so, or else `text_config`."""
+        text = values.get("text_config")
+        kind = str(text.get("model_type", "mistral")) if isinstance(text, Mapping) else ""
+        if not isinstance(text, Mapping) or kind not in TEXTS:
+            raise VicugnaError(f"text_config is not of a {' or a '.join(TEXTS)}", "config.json",
+                               "Restore the key from the original checkpoint")
+        tied = values.get("tie_word_embeddings")
+        given = text if tied is None else {**text, "tie_word_embeddings": tied}
+        read = TEXTS[kind].Config.from_dict({**given, "model_type": kind})
+        return cls(**vars(read), images={key: values[key] for key in IMAGE_KEYS if key in values})
+
+    def to_dict(self) -> dict[str, Any]:
+        """config.json's content."""
+        text = TEXTS[self.model_type].Config(
+            **{key: value for key, value in vars(self).items() if key != "images"}).to_dict()
+        return {"model_type": "mistral3", "architectures": ["Mistral3ForConditionalGeneration"],
+                "text_config": text, "tie_word_embeddings": self.tie_word_embeddings,
+                **asdict(self)["images"]}
+
+
+class Network(nn.Module):
+    """As `decoder.Network`, of text alone."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.language_model = TEXTS[config.model_type].Network(config)
+
+    @property
+    def model(self) -> nn.Module:
+        """The decoder, where the networks of text alone have it."""
+        return self.language_model.model
+
+    @property
+    def lm_head(self) -> nn.Module:
+        """As of the networks of text alone."""
+        return self.language_model.lm_head
+
+    def forward(self, tokens_BT: Tensor, positions_BT: Tensor, attend: Attend) -> Tensor:
+        return self.language_model(tokens_BT, positions_BT, attend)
+
+
+def extra(name: str, config: Config) -> bool:
+    """Whether a checkpoint's tensor `name` is of the image encoder or its projector: they are kept,
+    not computed with."""
+    return name.startswith(IMAGES)
+
+
+def meant(config: Mapping[str, Any], stored: Collection[str]) -> Mapping[str, Any]:
+    """config.json as it is meant for files with the tensors `stored`: transformers 5 writes
+    `tie_word_embeddings` true, and ties only where no head is stored."""
+    own = "language_model.lm_head.weight" in stored
+    return {**config, "tie_word_embeddings": False} if own else config
+
+
+def kept(config: Config) -> int:
+    """Parameters of the image encoder (Pixtral, arXiv 2410.07073) and its projector, of which no
+    network is made here; VicugnaError for impossible sizes. 0 without a `vision_config`."""
+    if (eyes := config.images.get("vision_config")) is None:
+        return 0
+
+    def size(of: Any, key: str, default: int) -> int:
+        number = of.get(key, default) if isinstance(of, Mapping) else None
+        if type(number) is not int or number < 1:
+            raise VicugnaError(f"{key} of the image encoder is {number!r}", "config.json",
+                               "Restore vision_config from the original checkpoint")
+        return number
+
+    C, F = size(eyes, "hidden_size", 1024), size(eyes, "intermediate_size", 4096)
+    layers, D = size(eyes, "num_hidden_layers", 24), config.hidden_size
+    patch = size(eyes, "num_channels", 3) * size(eyes, "patch_size", 16) ** 2
+    encoder = patch * C + C + layers * (4 * C * C + 3 * C * F + 2 * C)
+    seen = config.images.get("vision_feature_layer")
+    made_of = C * (len(seen) if isinstance(seen, list) else 1)
+    biases = 2 * D if config.images.get("multimodal_projector_bias") else 0
+    merged = C * C * size(config.images, "spatial_merge_size", 2) ** 2
+    return encoder + C + merged + made_of * D + D * D + biases
