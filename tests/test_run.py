@@ -265,8 +265,8 @@ def test_own_chats_tune_a_llama_made_by_transformers(life: Life, tmp_path: Path)
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
     mine = [{"source": str(tmp_path / "mine.jsonl")}]
     sft = {**life.values.pop("pretrain"), "sources": mine, "sequence_length": 64}
-    life.values |= {"model": {"start": str(tmp_path / "llama")}, "data": {"sources": mine},
-                    "sft": sft, "eval": EVAL}
+    del life.values["data"]  # the checkpoint has a tokenizer, and no stage names the corpus
+    life.values |= {"model": {"start": str(tmp_path / "llama")}, "sft": sft, "eval": EVAL}
     done = life()
     tuned = vicugna.load(done.place("sft") / "checkpoint")
     assert tuned.config.to_dict()["model_type"] == "llama"
@@ -316,6 +316,25 @@ def test_what_later_stages_need_is_checked_first(changes: dict[str, Any], said: 
     with pytest.raises(VicugnaError, match=said):
         life()
     assert not life.folder.exists()
+
+
+@pytest.mark.parametrize(("start", "sources", "said"), [
+    (None, ["stdlib"], "but without model.start the tokenizer learns from it"),
+    ("llama", ["stdlib", "corpus"], "but pretrain.sources has `corpus`"),
+    (None, ["corpus"], "but pretrain.sources has `corpus`"),
+])
+@pytest.mark.parametrize("data", [None, {}, {"sources": []}])
+def test_a_corpus_that_is_missing_is_named(data: Any, start: Any, sources: list[str], said: str,
+                                           life: Life, tmp_path: Path) -> None:
+    life.values["model"]["start"] = start
+    life.values["pretrain"]["sources"] = sources
+    del life.values["data"]
+    if data is not None:
+        life.values["data"] = data
+    (tmp_path / "recipe.yaml").write_text(json.dumps(life.values))
+    with pytest.raises(VicugnaError) as caught:
+        read(tmp_path / "recipe.yaml")
+    assert caught.value.what == f"data.sources is missing or empty, {said}"
 
 
 def test_recipes_of_the_repository_are_sound() -> None:

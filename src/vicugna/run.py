@@ -94,7 +94,8 @@ def _check(recipe: Recipe) -> None:
             _check_sources(spec.sources, f"{stage}.sources")
             if recipe.model.start is None:
                 learn.check_length(spec.sequence_length, recipe.model.context, stage)
-    _check_sources(recipe.data.sources, "data.sources")
+    if recipe.data.sources:
+        _check_sources(recipe.data.sources, "data.sources")
     if recipe.rl is not None:
         _check_sources(recipe.rl.tasks, "rl.tasks")
         grpo.check(recipe.rl.tasks, recipe.rl.parallel)

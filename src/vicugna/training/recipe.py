@@ -116,8 +116,9 @@ class ReleaseSpec(Strict):
 
 
 class DataSpec(Strict):
-    """The corpus: what the tokenizer learns from first, and what `corpus` means in a stage."""
-    sources: tuple[SourceSpec, ...] = Field(min_length=1)
+    """The corpus: what the tokenizer learns from first, and what `corpus` means in a stage. A
+    recipe that starts from a checkpoint and names `corpus` nowhere needs none."""
+    sources: tuple[SourceSpec, ...] = ()
 
 
 class Recipe(Strict):
@@ -126,7 +127,7 @@ class Recipe(Strict):
     seed: int = Field(0, ge=0)
     threads: int | None = Field(None, ge=1)
     model: ModelSpec = ModelSpec()
-    data: DataSpec
+    data: DataSpec = DataSpec()
     tokenizer: TokenizerSpec = TokenizerSpec()
     pretrain: TrainSpec | None = None
     sft: TrainSpec | None = None
@@ -137,6 +138,8 @@ class Recipe(Strict):
     @model_validator(mode="after")
     def _corpus_expanded(self) -> "Recipe":
         """Put `data.sources`, by their weights, in the place of each stage's source `corpus`."""
+        if not self.data.sources:
+            self._check_no_corpus()
         total = sum(source.weight for source in self.data.sources)
         for spec in filter(None, (self.pretrain, self.sft)):
             sources: list[SourceSpec] = []
@@ -146,6 +149,17 @@ class Recipe(Strict):
                     for one in self.data.sources]
             object.__setattr__(spec, "sources", tuple(sources))
         return self
+
+    def _check_no_corpus(self) -> None:
+        """Raise ValueError if something needs the corpus, which is missing."""
+        for stage in ("pretrain", "sft"):
+            spec = getattr(self, stage)
+            if spec is not None and any(source.source == "corpus" for source in spec.sources):
+                raise ValueError(f"data.sources is missing or empty, but {stage}.sources has "
+                                 "`corpus`")
+        if self.model.start is None:
+            raise ValueError("data.sources is missing or empty, but without model.start the "
+                             "tokenizer learns from it")
 
     @property
     def digest(self) -> str:
@@ -171,7 +185,8 @@ def read(path: str | Path, settings: Sequence[str] = ()) -> Recipe:
         key = ".".join(map(str, first["loc"]))
         if first["type"] == "extra_forbidden":
             raise VicugnaError(f"unknown key {key!r}", str(path), _nearest(first["loc"])) from None
-        raise VicugnaError(f"{key}: {first['msg'].removeprefix('Value error, ')}", str(path),
+        said = first["msg"].removeprefix("Value error, ")
+        raise VicugnaError(f"{key}: {said}" if key else said, str(path),
                            "Correct the recipe") from None
     try:
         config = recipe.model.config(recipe.tokenizer.vocab_size)
