@@ -231,7 +231,7 @@ class Text(decoder.Network):
     layer = Layer
 
 
-class Multimodal(nn.Module):
+class Multimodal(decoder.AroundText):
     """`hidden_BTD = network(tokens_BT, positions_BT, attend, images)`: text with images in it."""
 
     def __init__(self, config: Config, vision: VisionConfig) -> None:
@@ -241,16 +241,6 @@ class Multimodal(nn.Module):
         self.vision_model = VisionModel(vision)
         self.multi_modal_projector = nn.ModuleDict({
             "linear_1": nn.Linear(vision.vision_output_dim, config.hidden_size, bias=False)})
-
-    @property
-    def model(self) -> nn.Module:
-        """The decoder, where the networks of text alone have it."""
-        return self.language_model.model
-
-    @property
-    def lm_head(self) -> nn.Module:
-        """As of the networks of text alone."""
-        return self.language_model.lm_head
 
     def see(self, images: Tensor) -> Tensor:
         """Pixel values of tiles [N, 3, H, W] -> their features [M, D], in order. VicugnaError for

@@ -8,10 +8,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from vicugna.errors import VicugnaError
 from vicugna.models import ministral3, mistral
+from vicugna.models.layers import decoder
 from vicugna.models.layers.attention import Attend
 
 TEXTS = {"mistral": mistral, "ministral3": ministral3}
@@ -53,23 +54,13 @@ class Config(mistral.Config):
                 **asdict(self)["images"]}
 
 
-class Network(nn.Module):
+class Network(decoder.AroundText):
     """As `decoder.Network`, of text alone."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
         self.language_model = TEXTS[config.model_type].Network(config)
-
-    @property
-    def model(self) -> nn.Module:
-        """The decoder, where the networks of text alone have it."""
-        return self.language_model.model
-
-    @property
-    def lm_head(self) -> nn.Module:
-        """As of the networks of text alone."""
-        return self.language_model.lm_head
 
     def forward(self, tokens_BT: Tensor, positions_BT: Tensor, attend: Attend) -> Tensor:
         return self.language_model(tokens_BT, positions_BT, attend)

@@ -53,3 +53,19 @@ class Network(nn.Module):
     def forward(self, tokens_BT: Tensor, positions_BT: Tensor, attend: Attend) -> Tensor:
         """Token ids and positions [B, T] (int64) -> hidden states after the last norm [B, T, D]."""
         return self.model(tokens_BT, positions_BT, attend)
+
+
+class AroundText(nn.Module):
+    """A network around that of a text model, `language_model`, whose parts it shows as its own."""
+
+    language_model: Network
+
+    @property
+    def model(self) -> Decoder:
+        """The decoder, where the networks of text alone have it."""
+        return self.language_model.model
+
+    @property
+    def lm_head(self) -> nn.Linear:
+        """As of the networks of text alone."""
+        return self.language_model.lm_head
