@@ -117,6 +117,21 @@ def test_a_changed_config_is_written(tmp_path):
     assert theirs["rope_parameters"]["rope_type"] == "default"
 
 
+def test_a_changed_original_context_is_written(tmp_path):
+    """Where the file had it beside the scaling, and would go on counting there."""
+    save("llama", tmp_path / "a")
+    edit(tmp_path / "a" / "config.json", original_max_position_embeddings=32)
+    model = vicugna.load(tmp_path / "a")
+    assert model.config.rope_scaling["original_max_position_embeddings"] == 32
+    vicugna.load(tmp_path / "a").save(tmp_path / "same")
+    assert meaning(tmp_path / "same") == meaning(tmp_path / "a")
+    model.network.config = dataclasses.replace(model.config, rope_scaling={
+        **model.config.rope_scaling, "original_max_position_embeddings": 16})
+    model.save(tmp_path / "b")
+    assert vicugna.load(tmp_path / "b").config == model.config
+    assert meaning(tmp_path / "b")["rope_parameters"]["original_max_position_embeddings"] == 16
+
+
 def test_code_is_not_taken_along(tmp_path):
     save("llama", tmp_path / "a")
     (tmp_path / "a" / "modeling_x.py").write_text("raise SystemExit")

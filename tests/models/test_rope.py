@@ -47,15 +47,34 @@ def test_llama_with_yarn_equals_transformers(changes):
         parity.agree_cached(theirs, ours, parity.random_tokens(2, 20), [15, 1, 4], first)
 
 
+SHAPE = {"vocab_size": 8, "hidden_size": 32, "intermediate_size": 8, "num_hidden_layers": 1,
+         "num_attention_heads": 4}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("scaling", [YARN, LLAMA3], ids=["yarn", "llama3"])
+def test_the_original_context_beside_the_scaling_comes_first(scaling, inside):
+    """As files of Phi have it, and transformers reads it for every architecture."""
+    kept = {key: x for key, x in scaling.items() if inside or not key.startswith("original")}
+    written = {**SHAPE, "max_position_embeddings": 256, "original_max_position_embeddings": 32,
+               "rope_scaling": kept}
+    c = llama.Config.from_dict(written)
+    inverse, _ = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](LlamaConfig(**written))
+    other = rope.inverse_frequencies(c.head_dim, c.rope_theta, scaling)
+    mine = rope.inverse_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
+    assert torch.equal(mine, inverse) and not torch.allclose(mine, other, rtol=1e-3)
+
+
 def test_scaling_outside_yarn_leaves_cosines_alone():
     for scaling in (None, {"rope_type": "linear", "factor": 4.0, "attention_factor": 2.0}):
         assert rope.attention_factor(scaling) == 1.0
 
 
-SHAPE = {"vocab_size": 8, "hidden_size": 32, "intermediate_size": 8, "num_hidden_layers": 1,
-         "num_attention_heads": 4}
 BAD = {
     "kind": ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "unknown .* 'dynamic'"),
+    "kind without a factor": ({"rope_scaling": {"type": "longrope"}}, "unknown .* 'longrope'"),
     "missing": ({"rope_scaling": {"type": "yarn"}}, "lacks 'factor'"),
     "value": ({"rope_scaling": {**YARN, "original_max_position_embeddings": 0}}, "impossible"),
     "part of a head": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),

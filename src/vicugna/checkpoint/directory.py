@@ -281,7 +281,8 @@ def _changed(origin: dict[str, Any], before: dict[str, Any], now: dict[str, Any]
         else value for key, value in now.items() if value != before.get(key)}
     if changed.keys() & {"rope_theta", "rope_scaling"}:  # these two keys say it all
         changed |= {key: now[key] for key in ("rope_theta", "rope_scaling")}
-        origin = {key: value for key, value in origin.items() if key != "rope_parameters"}
+        origin = {key: value for key, value in origin.items()
+                  if key not in ("rope_parameters", "original_max_position_embeddings")}
     return origin | changed
 
 

@@ -9,6 +9,8 @@ from vicugna.errors import VicugnaError
 from vicugna.models.layers import rope
 from vicugna.models.layers.attention import Span
 
+ORIGINAL = "original_max_position_embeddings"
+
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
@@ -84,6 +86,7 @@ class Shape:
 def rope_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     """`rope_theta` and `rope_scaling` (None, or what `rope.inverse_frequencies` takes) of a
     config.json: transformers 5 nests both in `rope_parameters`, earlier releases keep two keys.
+    An `original_max_position_embeddings` beside them comes before one inside, as there.
 
     Raises VicugnaError where layers, or the parts of a head, would turn differently.
     """
@@ -98,9 +101,11 @@ def rope_keys(config: Mapping[str, Any]) -> dict[str, Any]:
         raise VicugnaError(f"partial_rotary_factor {share!r} is not supported", "config.json",
                            "Only 1 is")
     kind, longest = rope.kind_of(scaling), config.get("max_position_embeddings")
-    if kind in ("llama3", "yarn") and longest is not None:
-        original = scaling.setdefault("original_max_position_embeddings", longest)
-        if kind == "yarn" and scaling.get("factor", 1) is None:
+    if kind in ("llama3", "yarn"):
+        known = (config.get(ORIGINAL), scaling.get(ORIGINAL), longest)
+        if (original := next((n for n in known if n is not None), None)) is not None:
+            scaling[ORIGINAL] = original
+        if kind == "yarn" and longest is not None and scaling.get("factor", 1) is None:
             scaling["factor"] = longest / original
     return {"rope_theta": theta, "rope_scaling": None if kind == "default" else scaling}
 

@@ -24,6 +24,9 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: Mapping[str, Any] 
     scaling = scaling or {}
     if (kind := kind_of(scaling)) == "default":
         return inverse
+    if kind not in ("linear", "llama3", "yarn"):
+        raise VicugnaError(f"unknown rope_scaling type {kind!r}", "config.json",
+                           "Known types: default, linear, llama3, yarn")
     try:
         factor = float(scaling["factor"])
         if kind == "linear":
@@ -34,19 +37,16 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: Mapping[str, Any] 
             wavelength = 2 * math.pi / inverse
             share = ((original / wavelength - low) / (high - low)).clamp(0, 1)
             return (1 - share) * inverse / factor + share * inverse
-        if kind == "yarn":
-            attention_factor(scaling)  # names impossible values of its keys too
-            # Summed as the reference does: by position 40,000 a last bit is 0.002 radians.
-            kept = _yarn_kept(head_dim, theta, scaling)
-            return 1.0 / (factor * power) * (1 - kept) + inverse * kept
+        attention_factor(scaling)  # names impossible values of YaRN's keys too
+        # Summed as the reference does: by position 40,000 a last bit is 0.002 radians.
+        kept = _yarn_kept(head_dim, theta, scaling)
+        return 1.0 / (factor * power) * (1 - kept) + inverse * kept
     except KeyError as error:
         raise VicugnaError(f"rope_scaling of type {kind!r} lacks {error}", "config.json",
                            "Restore the key from the original checkpoint") from None
     except (ArithmeticError, TypeError, ValueError) as error:
         raise VicugnaError(f"rope_scaling of type {kind!r} is impossible: {error}", "config.json",
                            "Restore it from the original checkpoint") from None
-    raise VicugnaError(f"unknown rope_scaling type {kind!r}", "config.json",
-                       "Known types: default, linear, llama3, yarn")
 
 
 def attention_factor(scaling: Mapping[str, Any] | None) -> float:
