@@ -5,7 +5,7 @@ Training passes `Dense` from this file; the engine passes one over its cache.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from torch import Tensor
 
 BLOCK = 128  # queries met at once on CPU
 LONGEST_BLOCKED = 2048  # tokens; beyond, memory matters more than the speed of blocks
+WIDE = 256  # of longer windows, as many queries meet their keys at once
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Dense:
             first_BT = torch.arange(T, device=positions_BT.device) - positions_BT
             if bool(first_BT.any()):
                 self.first_BT = first_BT
-        self._masks: dict[tuple[Span, torch.dtype], Tensor] = {}
+        self._masks: dict[tuple[Any, ...], Tensor] = {}
 
     def before(self, layer: int, x_BTD: Tensor, n: int) -> Tensor:
         return x_BTD.new_zeros(x_BTD.shape[0], n, x_BTD.shape[2])
@@ -71,10 +72,12 @@ class Dense:
         values_BTGK = k_BTGK if v_BTGK is None else v_BTGK
         q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTGK, values_BTGK))
         T, window, chunk = q.shape[2], span.window or q.shape[2], span.chunk or q.shape[2]
+        if WIDE < window < T:
+            return self._windowed(q, k, v, window).transpose(1, 2)
         if 2 * window < T:
             return self._banded(q, k, v, window).transpose(1, 2)
         if window < T or (chunk < T and self.first_BT is not None):
-            return _masked(q, k, v, self._mask(T, span, q)).transpose(1, 2)
+            return _masked(q, k, v, self._mask(range(T), range(T), span, q)).transpose(1, 2)
         apart = zip(*(x.split(chunk, dim=2) for x in (q, k, v)), strict=True)
         return torch.cat([self._causal(*part) for part in apart], dim=2).transpose(1, 2)
 
@@ -83,23 +86,27 @@ class Dense:
         T = q.shape[2]
         if q.device.type == "cpu" and q.dtype == torch.bfloat16 and T <= LONGEST_BLOCKED:
             return self._blocked(q, k, v)
-        return _masked(q, k, v, None if self.first_BT is None else self._mask(T, Span(), q))
+        return _masked(q, k, v, None if self.first_BT is None
+                       else self._mask(range(T), range(T), Span(), q))
 
-    def _mask(self, T: int, span: Span, like: Tensor) -> Tensor:
-        """Additive mask [B or 1, 1, T, S]: 0 where a key is visible, -inf elsewhere."""
-        key = (span, like.dtype)
-        if key not in self._masks:
-            key_S = torch.arange(T, device=like.device)
-            query_T1 = key_S[:, None]
+    def _mask(self, queries: range, keys: range, span: Span, like: Tensor) -> Tensor:
+        """Additive mask [B or 1, 1, queries, keys]: 0 where a key is visible, -inf elsewhere."""
+        if self.first_BT is None:  # only distances count: equal blocks share one
+            queries, keys = (range(x.start - keys.start, x.stop - keys.start)
+                             for x in (queries, keys))
+        place = (span, like.dtype, queries, keys)
+        if place not in self._masks:
+            query_T1 = torch.arange(queries.start, queries.stop, device=like.device)[:, None]
+            key_S = torch.arange(keys.start, keys.stop, device=like.device)
             first_BT1 = (key_S.new_zeros(1, 1, 1) if self.first_BT is None
-                         else self.first_BT[:, :, None])
+                         else self.first_BT[:, queries.start : queries.stop, None])
             if span.chunk is not None:
                 first_BT1 = first_BT1 + (query_T1 - first_BT1) // span.chunk * span.chunk
             visible = (key_S <= query_T1) & (key_S >= first_BT1)
             if span.window is not None:
                 visible = visible & (key_S > query_T1 - span.window)
-            self._masks[key] = additive(visible, like.dtype)[:, None]
-        return self._masks[key]
+            self._masks[place] = additive(visible, like.dtype)[:, None]
+        return self._masks[place]
 
     def _blocked(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor) -> Tensor:
         """Causal attention by blocks of queries, each over the keys up to its end.
@@ -120,10 +127,20 @@ class Dense:
             if self.first_BT is None:
                 scores[..., start:] += after[:n, :n]
             else:
-                scores += self._mask(T, Span(), q)[:, :, None, start:end, :end]
+                scores += self._mask(range(start, end), range(end), Span(), q)[:, :, None]
             p = scores.softmax(-1).reshape(B, G, H // G * n, end)
             out.append((p @ v_BGTK[:, :, :end]).view(B, G, H // G, n, -1))
         return torch.cat(out, dim=3).reshape(B, H, T, -1)
+
+    def _windowed(self, q: Tensor, k: Tensor, v: Tensor, W: int) -> Tensor:
+        """Sliding window by blocks of queries, each over the keys that any of them sees: scores
+        take memory for one block, however long the sequence."""
+        T, out = q.shape[2], []
+        for start in range(0, T, WIDE):
+            first, end = max(0, start - W + 1), min(start + WIDE, T)
+            mask = self._mask(range(start, end), range(first, end), Span(W), q)
+            out.append(_masked(q[:, :, start:end], k[:, :, first:end], v[:, :, first:end], mask))
+        return torch.cat(out, dim=2)
 
     def _banded(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, W: int) -> Tensor:
         """Sliding window in blocks: queries of a block meet the keys of it and of the one before.
@@ -157,8 +174,11 @@ class Dense:
 
 def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """PyTorch's attention under an additive mask; causal without one."""
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None,
-                                          enable_gqa=q.shape[1] != k.shape[1])
+    K, U = q.shape[3], v.shape[3]
+    if q.device.type == "cpu" and K != U:  # else its kernel would hold all T * S scores
+        q, k, v = (F.pad(x, (0, max(K, U) - x.shape[3])) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=K**-0.5,
+                                          enable_gqa=q.shape[1] != k.shape[1])[..., :U]
 
 
 def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
