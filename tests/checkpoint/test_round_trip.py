@@ -13,7 +13,7 @@ from every import EVERY, auto, save
 
 import vicugna
 from vicugna import checkpoint, tokenizer
-from vicugna.checkpoint import weights
+from vicugna.checkpoint import convert, weights
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 TOKENS = torch.randint(3, 80, (2, 20), generator=torch.Generator().manual_seed(3))
@@ -80,6 +80,19 @@ def test_another_dtype_is_said_in_every_section(tmp_path):
     for part in (config, config["text_config"], config["vision_config"]):
         assert (part["dtype"], part["torch_dtype"]) == ("float16", "float16")
     assert {t.dtype for t in stored(tmp_path / "b").values()} == {torch.float16}
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_a_number_for_a_switch_is_written_as_transformers_takes_it(converted, tmp_path):
+    """As in the first files of Llama 4, which transformers refuses since its fifth release."""
+    save("llama4", tmp_path / "a")
+    text = content(tmp_path / "a")["text_config"] | {"attn_temperature_tuning": 4}
+    edit(tmp_path / "a" / "config.json", text_config=text)
+    if converted:
+        convert.convert(tmp_path / "a", tmp_path / "b", "hf")
+    else:
+        vicugna.load(tmp_path / "a").save(tmp_path / "b")
+    assert meaning(tmp_path / "b")["text_config"]["attn_temperature_tuning"] is True
 
 
 @pytest.mark.parametrize("rope", [

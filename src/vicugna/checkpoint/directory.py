@@ -324,7 +324,11 @@ def _write_folder(folder: str | Path, tensors: Mapping[str, Tensor | Stored], dt
 
 
 def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """A config whose sections, where they name a dtype, name this one."""
+    """A config whose sections, where they name a dtype, name this one. The first files of Llama 4
+    have 4 for true, which later readers refuse: they get true."""
     sections = {key: _with_dtype(value, dtype) for key, value in config.items()
                 if key.endswith("_config") and isinstance(value, dict)}
-    return config | sections | {key: dtype for key in ("dtype", "torch_dtype") if key in config}
+    tuning = {key: bool(value) for key, value in config.items()
+              if key == "attn_temperature_tuning" and isinstance(value, int)}
+    return config | sections | tuning | {
+        key: dtype for key in ("dtype", "torch_dtype") if key in config}
