@@ -172,11 +172,47 @@ def with_template(tok: Tokenizer, folder: Path, template: str) -> Tokenizer:
     "{% set x = 'a' * 29000 %}" + "{{ x | list | sort | join | length }}" * 1600, "x" * 60_001,
     "{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}", "{{ cycler.__init__.__globals__ }}",
     "{{ raise_exception('not like this') }}", "{% for x in messages %}", "{{ messages[9].role.x }}",
+    *("{% set n = namespace(x=['a']) %}{% for i in range(20) %}" + twice + "{% endfor %}{{ n.x }}"
+      for twice in ("{% set n.x = [n.x, n.x] %}", "{% set n.x = {'a': n.x, 'b': n.x} %}",
+                    "{% set n.x = (n.x, n.x) %}", "{% set n.x = dict(a=n.x, b=n.x) %}",
+                    "{% set n.x = cycler(n.x, n.x).items %}", "{% set n.x = [[n.x] + [n.x]] %}",
+                    "{% set n.x = namespace(a=n.x, b=n.x) %}",
+                    "{% macro m() %}{% set n.x = varargs %}{% endmacro %}{{ m(n.x, n.x) }}",
+                    "{% set x %}{{ n.x }}{{ n.x }}{% endset %}{% set n.x = x %}")),
+    "{% set s = 'a' * 29000 %}{{ s.replace('a', s) }}",
+    "{{ ('a' * 29000) | replace('a', 'aaaa') }}",
+    "{% set s = 'a' * 29000 %}{{ range(29000) | join(s) }}", "{{ 'a'.translate({97: 'b'}) }}",
+    "{% set s = 'a' * 29000 %}{{ s.join(['a'] * 29000) }}", "{{ 'a' | indent(10**6) }}",
+    "{% set s = 'a' * 29000 %}{{ range(999) | map('replace', '1', s) | list | length }}",
+    "{% set s = 'a' * 29000 %}{% for i in range(999) %}{{ s }}{% endfor %}",
+    "{% for i in range(9999) %}" + "a" * 1000 + "{% endfor %}", "{{ 1.5 | round(9**9, 'ceil') }}",
 ])
 def test_a_hostile_or_broken_template_is_an_error(tok: Tokenizer, tmp_path: Path,
                                                   template: str) -> None:
     with pytest.raises(VicugnaError, match="chat template"):
         with_template(tok, tmp_path, template).chat([USER])
+
+
+def test_numbers_of_the_input_may_be_written(tok: Tokenizer, tmp_path: Path) -> None:
+    shown = with_template(tok, tmp_path, "{{ messages[0].content | tojson(indent=2) }}")
+    assert shown.render([{"role": "tool", "content": [1234] * 9000}]).count("1234") == 9000
+
+
+def test_the_reason_a_template_gives_is_cut(tok: Tokenizer, tmp_path: Path) -> None:
+    with pytest.raises(VicugnaError) as refusal:
+        with_template(tok, tmp_path, "{{ raise_exception('a' * 9999) }}").chat([USER])
+    assert len(str(refusal.value)) < 500
+
+
+def test_lists_macros_and_joined_text_are_as_in_jinja(tok: Tokenizer, tmp_path: Path) -> None:
+    several = with_template(
+        tok, tmp_path, "{% set n = namespace(l=[], t=(1, 2)) %}{% macro m(n, x) %}{{ n.t }}{{ x }}"
+        "{{ varargs }}{% endmacro %}{% for k, v in {'a': [1]}.items() %}{{ m(n, v, k) }}"
+        "{% set n.l = n.l + [k] %}{% endfor %}{{ n.l ~ '<b>' ~ ('<i>' | safe) ~ 1 }}"
+        "{% set x | upper %}a{{ [1] * 3 }}{% endset %}{{ x }}{{ ['a', 'b'] | join(', ') }}"
+        "{{ 'a.b' | replace('.', '-') }}{{ 'a\nb' | indent(2) }}{{ 1.25 | round(1) }}")
+    text = several.render([USER])
+    assert text == "(1, 2)[1]('a',)['a']<b><i>1A[1, 1, 1]a, ba-ba\n  b1.2"
 
 
 def test_a_template_that_trims_and_splits_is_safe(tok: Tokenizer, tmp_path: Path) -> None:

@@ -124,7 +124,8 @@ class Renderer:
         if len(self._swaps) < len(found):
             raise VicugnaError("every rare ideograph is in use", "messages", "Use fewer")
         self._messages, tools = _mapped([messages, tools], self._hide)
-        self._render = partial(template.render, len(text), self._hide, tools=tools, documents=None,
+        size = len(str([self._messages, tools]))
+        self._render = partial(template.render, size, self._hide, tools=tools, documents=None,
                                **names)
 
     def _hide(self, text: str) -> str:

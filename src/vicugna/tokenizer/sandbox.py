@@ -4,16 +4,19 @@ import json
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from functools import wraps
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import filters, nodes, pass_eval_context
 from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import EvalContext
 from jinja2.parser import Parser
+from jinja2.runtime import Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 from vicugna.errors import VicugnaError
@@ -23,9 +26,10 @@ CHARACTERS = 100_000  # characters of the input
 MAX_LOOPS = 200_000
 MAX_SOURCE = 60_000  # characters of a template; the longest known has 30,000
 MAX_SIZE = 30_000  # of any text, list or number a template builds, beyond 4 times its input
+MAX_OUTPUTS = 10  # times that may be written in all: what a macro writes, its caller writes again
 # What pads or repeats without an operator; no chat template needs it.
 _BANNED_FILTERS = ("center", "format", "wordwrap", "pprint", "xmlattr", "urlize", "batch", "slice")
-_BANNED_METHODS = {"ljust", "rjust", "center", "zfill", "expandtabs"}
+_BANNED_METHODS = {"ljust", "rjust", "center", "zfill", "expandtabs", "translate"}
 # What looks for its first argument (or for any) in a text.
 _SEARCHES = {"count", "endswith", "find", "index", "lstrip", "partition", "removeprefix",
              "removesuffix", "replace", "rfind", "rindex", "rpartition", "rsplit", "rstrip",
@@ -49,16 +53,18 @@ class _Environment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(["+", "*", "**", "%"])
 
     def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True,
+        super().__init__(trim_blocks=True, lstrip_blocks=True, finalize=self.written,
                          extensions=[_Generation, loopcontrols])
         for name in _BANNED_FILTERS:
             del self.filters[name]
         del self.globals["lipsum"]
-        self.filters["tojson"] = self.to_json
-        self.filters = {name: self.timed(filter) for name, filter in self.filters.items()}
+        self.filters |= {"tojson": self.to_json, "join": self.join, "replace": self.replace,
+                         "indent": self.indent, "round": self.round}
+        self.filters = {name: self.limited(filter) for name, filter in self.filters.items()}
         self.globals["raise_exception"] = _raise_exception
         self.globals["strftime_now"] = lambda form: datetime.now().strftime(form[:100])
         self.deadline, self.loops_left, self.max_size = 0.0, 0, MAX_SIZE
+        self.characters_left = 0  # to be written
         self.hide: Callable[[str], str] = str
         self.hidden: set[str] = set()  # what `hide` puts in place of other characters
 
@@ -71,19 +77,63 @@ class _Environment(ImmutableSandboxedEnvironment):
         if self.loops_left < 0 or time.thread_time() > self.deadline:
             raise SecurityError("it runs for too long")
 
-    def timed(self, work: Callable[..., Any]) -> Callable[..., Any]:
-        """A filter that only begins in time."""
+    def written(self, value: Any) -> Any:
+        """The value itself, which a template is about to write."""
+        self.characters_left -= len(value) if isinstance(value, str) else 1
+        if self.characters_left < 0:
+            raise SecurityError("it writes too much")
+        return value if isinstance(value, str | Undefined) else self.bounded(value)
+
+    def limited(self, work: Callable[..., Any]) -> Callable[..., Any]:
+        """A filter that only begins in time, and gives nothing too large, at once or in turn."""
         @wraps(work)
         def filter(*args: Any, **kwargs: Any) -> Any:
             self.in_time()
-            return work(*args, **kwargs)
+            self.bounded([arg for arg in args if isinstance(arg, Namespace)])
+            made = work(*args, **kwargs)
+            return map(self.written, made) if isinstance(made, Iterator) else self.bounded(made)
         return filter
 
     def bounded(self, value: Any, size: float = 0) -> Any:
-        """The value itself, or SecurityError when it (or `size`) is too large for a chat."""
-        if max(size, _size(value)) > self.max_size:
+        """The value itself, or SecurityError when it (or `size`) is too large for a chat. A list
+        counts with all that it holds, as often as it holds it: two names of one list cost nothing,
+        and double what it takes to write it. Hence it may not hold what can still change."""
+        left, inside = self.max_size - max(size, _size(value)), [value]
+        while inside and left >= 0:
+            item = inside.pop()
+            left -= len(item) if isinstance(item, str) and item is not value else 1
+            if isinstance(item, list | tuple | dict):
+                inside += item
+                inside += item.values() if isinstance(item, dict) else ()
+            elif isinstance(item, Namespace):
+                raise SecurityError("it puts a namespace where it could be written")
+        if left < 0:
             raise SecurityError("it builds something too large")
         return value
+
+    def text(self, value: Any) -> str:
+        """What `~` joins."""
+        return str(self.bounded(value))
+
+    @pass_eval_context
+    def join(self, context: EvalContext, value: Any, d: str = "", attribute: Any = None) -> str:
+        items = self.bounded(list(value))
+        self.bounded(None, len(items) * _size(d))
+        return filters.do_join(context, items, d, attribute)
+
+    @pass_eval_context
+    def replace(self, context: EvalContext, s: str, old: str, new: str, count: int | None = None
+                ) -> str:
+        self.bounded(None, str(s).count(str(old)) * _size(new))
+        return filters.do_replace(context, s, old, new, count)
+
+    def indent(self, s: str, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
+        self.bounded(None, (str(s).count("\n") + 1) * _size(width))
+        return filters.do_indent(s, width, first, blank)
+
+    def round(self, value: float, precision: int = 0, method: Any = "common") -> float:
+        self.bounded(None, 100 * _size(precision))
+        return filters.do_round(value, precision, method)
 
     def to_json(self, value: Any, ensure_ascii: bool = False, indent: int | None = None,
                 separators: tuple[str, str] | None = None, sort_keys: bool = False) -> str:
@@ -116,11 +166,27 @@ class _Environment(ImmutableSandboxedEnvironment):
         return self.bounded(super().call_binop(context, operator, left, right))
 
     def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
+        owner, name = getattr(obj, "__self__", None), getattr(obj, "__name__", "")
+        if owner is self:  # what _Guard puts in
+            return super().call(context, obj, *args, **kwargs)
         self.in_time()
-        return self.bounded(super().call(context, obj, *args, **kwargs))
+        for arg in args:
+            if not isinstance(arg, Namespace):
+                self.bounded(arg)
+        if isinstance(owner, str) and args and name in ("join", "replace"):
+            self._foresee(owner, name, *args)
+        made = super().call(context, obj, *args, **kwargs)
+        return made if isinstance(made, Namespace) else self.bounded(made)
+
+    def _foresee(self, text: str, name: str, *args: Any) -> None:
+        """Raise SecurityError if what the method `name` makes of a text will be too large."""
+        if name == "join" and isinstance(args[0], list | tuple | dict):
+            self.bounded(None, len(text) * len(args[0]))
+        elif name == "replace" and isinstance(args[0], str):
+            self.bounded(None, text.count(args[0]) * _size(*args[1:2]))
 
 
-def _size(value: Any) -> float:
+def _size(value: Any = None) -> float:
     if isinstance(value, int | float):
         return abs(value)
     return len(value) if isinstance(value, str | list | tuple | dict) else 0
@@ -131,32 +197,47 @@ def _raise_exception(message: str) -> None:
 
 
 class _Guard(NodeTransformer):
-    """Puts a tick into every loop and macro, makes `~` a sum, which is limited, and hides in what
-    a template compares people's text with the `parts` that are hidden in that."""
+    """Puts a tick into every loop and macro, makes `~` a sum, which is limited as lists and blocks
+    are, and hides in what a template compares people's text with the `parts` hidden in that."""
 
     def __init__(self, parts: Sequence[str]) -> None:
         self._parts = parts
 
     def visit_For(self, node: nodes.For | nodes.Macro | nodes.CallBlock) -> nodes.Node:
-        tick = nodes.Call(nodes.EnvironmentAttribute("tick"), [], [], None, None)
-        node.body.insert(0, nodes.ExprStmt(tick))
+        node.body.insert(0, nodes.ExprStmt(_own("tick")))
         return self.generic_visit(node)
 
     visit_Macro = visit_CallBlock = visit_For
 
-    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
+    def visit_TemplateData(self, node: nodes.TemplateData) -> nodes.Node:
+        return nodes.Const(node.data)  # which is counted when it is written
+
+    def visit_List(self, node: nodes.List | nodes.Tuple | nodes.Dict) -> nodes.Node:
         self.generic_visit(node)
+        return node if getattr(node, "ctx", "load") != "load" else _own("bounded", node)
+
+    visit_Tuple = visit_Dict = visit_List
+
+    def visit_Name(self, node: nodes.Name) -> nodes.Node:
+        lists = node.name in ("varargs", "kwargs") and node.ctx == "load"  # of a macro
+        return _own("bounded", node) if lists else node
+
+    def visit_AssignBlock(self, node: nodes.AssignBlock) -> nodes.Node:
+        self.generic_visit(node)
+        node.filter = nodes.Filter(node.filter, "string", [], [], None, None)
+        return node
+
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
         node.expr = self._hidden(node.expr)
         for operand in node.ops:
             operand.expr = self._hidden(operand.expr)
-        return node
+        return self.generic_visit(node)
 
     def visit_Call(self, node: nodes.Call | nodes.Filter) -> nodes.Node:
-        self.generic_visit(node)
         name = node.name if isinstance(node, nodes.Filter) else getattr(node.node, "attr", None)
         if name in _SEARCHES:
             node.args[:1] = map(self._hidden, node.args[:1])
-        return node
+        return self.generic_visit(node)
 
     visit_Filter = visit_Call
 
@@ -166,13 +247,18 @@ class _Guard(NodeTransformer):
         if not (isinstance(node, nodes.Const) and isinstance(node.value, str)
                 and any(part in node.value for part in self._parts)):
             return node
-        return nodes.Call(nodes.EnvironmentAttribute("hide"), [node], [], None, None)
+        return _own("hide", node)
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         total: nodes.Expr = nodes.Const("")
         for part in node.nodes:
-            total = nodes.Add(total, nodes.Filter(part, "string", [], [], None, None))
+            total = nodes.Add(total, _own("text", part))
         return self.generic_visit(total)
+
+
+def _own(name: str, *args: nodes.Expr) -> nodes.Call:
+    """A call of the environment's own function `name`."""
+    return nodes.Call(nodes.EnvironmentAttribute(name), list(args), [], None, None)
 
 
 class Template:
@@ -193,12 +279,13 @@ class Template:
         return self._environment.from_string(tree.set_environment(self._environment).set_lineno(1))
 
     def render(self, size: int, hide: Callable[[str], str] = str, **variables: Any) -> str:
-        """The text for these variables, whose strings hold `size` characters in all, some of which
+        """The text for these variables, which take `size` characters in all, some of which
         `hide` has replaced. Raises VicugnaError for any failure, also of time or memory."""
         with self._lock:
             self._environment.deadline = time.thread_time() + MAX_SECONDS + size / CHARACTERS
             self._environment.loops_left = MAX_LOOPS
             self._environment.max_size = MAX_SIZE + 4 * size
+            self._environment.characters_left = MAX_OUTPUTS * (MAX_SIZE + 4 * size)
             self._environment.hide = hide
             self._environment.hidden = (set("".join(map(hide, self.parts)))
                                         - set("".join(self.parts)))
@@ -209,6 +296,6 @@ class Template:
             return work()
         except Exception as error:  # whatever a stranger's program may raise
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-            raise VicugnaError(f"the chat template refused or failed: {reason}",
+            raise VicugnaError(f"the chat template refused or failed: {reason[:300]}",
                                "chat_template.jinja", "Correct the messages or the template"
                                ) from error
