@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, proc
 
 from vicugna import files
 from vicugna.errors import VicugnaError
-from vicugna.tokenizer import model_file, settings
+from vicugna.tokenizer import limits, model_file, settings
 from vicugna.tokenizer.chat import ROLES, TEMPLATE, Message, Renderer, breaking
 from vicugna.tokenizer.model_file import BYTES, panics_caught
 from vicugna.tokenizer.sandbox import Template
@@ -148,11 +148,14 @@ class Tokenizer:
                 said: Settings) -> None:
         if re.search(r'"continuing_subword_prefix"\s*:\s*"[^"]', tokenizer_json):
             raise ValueError("a prefix of inner words")  # over which the library may abort
+        if tokenizer_json.count('"single_word"') > limits.ADDED:  # seconds before they are read
+            raise ValueError(f"more than {limits.ADDED:,} added tokens")
         self._raw = tokenizers.Tokenizer.from_str(tokenizer_json) if raw is None else raw
         self._raw.no_truncation()
         self._raw.no_padding()
         more = list(said.added({t.content for t in self._raw.get_added_tokens_decoder().values()}))
         changed = self._raw.add_tokens(more) if more else 0
+        limits.check(self._raw)
         if raw and any(raw.token_to_id(name) != id for name, id in said.added_ids.items()):
             raise ValueError("the files beside it give its added tokens other ids")
         self.json = self._raw.to_str(pretty=True) if changed or raw else tokenizer_json
@@ -275,6 +278,7 @@ class Tokenizer:
         """Tokens of plain text: no BOS, and never a control token, whatever the text holds."""
         return self.encode_batch([text])[0]
 
+    @limits.text_errors()
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """`encode` for many texts at once, on all cores."""
         whole = self._sealed[0].encode_batch_fast(list(map(valid_unicode, texts)),
@@ -318,6 +322,7 @@ class Tokenizer:
         """The bytes that one token stands for; empty for an id that names no token."""
         return self._vocabulary_bytes.get(id, b"")
 
+    @limits.text_errors()
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Text of tokens; bytes that are not UTF-8 become U+FFFD. `skip_special` leaves out the
         tokens of turns and documents; <think> and tool calls stay visible."""
@@ -364,6 +369,7 @@ class Tokenizer:
         renderer = self._renderer(messages, tools)
         return self.encode(self._seal(renderer.text(prompt=add_generation_prompt), renderer))
 
+    @limits.text_errors()
     def chat_training(self, messages: list[Message], tools: list[dict[str, Any]] | None = None
                       ) -> tuple[list[int], list[bool]]:
         """Tokens of a finished chat, and which of them the assistant would have to generate after

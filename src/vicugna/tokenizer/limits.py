@@ -1,0 +1,54 @@
+"""What a stranger's tokenizer.json may make of a text: the library sets no limits of its own."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import tokenizers
+
+from vicugna.errors import VicugnaError
+from vicugna.tokenizer.model_file import panics_caught
+
+ADDED = 20_000  # tokens beside the vocabulary; Llama 4 has 2,048
+GROWTH = 100  # times that a text may become longer
+PARTS = 20_000  # characters that describe what stands around a text; Llama 3's are 1,000
+PREFIX = 1000  # characters
+
+
+def check(raw: tokenizers.Tokenizer) -> None:
+    """Raise ValueError for parts that would make far more of a text than it holds."""
+    if len(raw.get_added_tokens_decoder()) > ADDED:
+        raise ValueError(f"more than {ADDED:,} added tokens")
+    if raw.post_processor is not None and len(raw.post_processor.__getstate__()) > PARTS:
+        raise ValueError("its post_processor is too long")
+    for name in ("normalizer", "decoder"):
+        part = getattr(raw, name)
+        if part is not None and _growth(json.loads(part.__getstate__())) > GROWTH:
+            raise ValueError(f"its {name} makes a text more than {GROWTH} times as long")
+
+
+def _growth(part: Any) -> float:
+    """How many times as long a part of tokenizer.json makes a text, at most; infinity for a prefix
+    that is too long."""
+    growth = 1.0
+    for inner in part.get("normalizers") or part.get("decoders") or ():
+        growth *= _growth(inner)
+    if part["type"] == "Replace":
+        sought = part["pattern"].get("String", "")  # a Regex may match between any two characters
+        growth = max(1.0, len(part["content"]) / len(sought) if sought else
+                     1.0 + len(part["content"]))
+    return growth if len(part.get("prepend", "")) <= PREFIX else float("inf")
+
+
+@contextmanager
+def text_errors() -> Iterator[None]:
+    """Raise what the library raises over a text, its panics too, as VicugnaErrors."""
+    try:
+        with panics_caught():
+            yield
+    except VicugnaError:
+        raise
+    except Exception as error:
+        raise VicugnaError(f"the tokenizer fails on this text: {error}", "tokenizer.json",
+                           "Get the file again, or try another text") from error
