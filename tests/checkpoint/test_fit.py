@@ -318,6 +318,10 @@ def test_large_weights_are_looked_at_when_the_network_first_runs(tmp_path, monke
     for _ in range(2):  # it never runs
         with pytest.raises(VicugnaError, match=r"layers\.1\.mlp\.up_proj\.weight: 2 of 1,536 val"):
             model.logits([[3, 4, 5]])
+    for use in (lambda: model.digest, lambda: model.save(tmp_path / "out")):
+        with pytest.raises(VicugnaError, match=r"layers\.1\.mlp\.up_proj\.weight: 2 of 1,536 val"):
+            use()
+    assert not (tmp_path / "out").exists()
     fails(tmp_path / "m", "2 of 1,536 values", torch.bfloat16)  # what is converted is looked at
 
 

@@ -65,7 +65,8 @@ def fill(network: Any, stored: Mapping[str, Stored], dtype: torch.dtype | None,
     Parameters become `dtype`; None keeps what is stored. What the architecture calls extra is kept
     as it is stored, on the CPU, in `network.extra_tensors`.
     VicugnaError where names or shapes do not fit, and for values that are not finite: of large
-    weights that stay mapped when the network first runs, which has to read them anyway.
+    weights that stay mapped when the network first runs, or is saved or digested, which has to
+    read them anyway.
     """
     state, tied = network.state_dict(), _ties(network)
     made_of, extras = _parts(network, stored, where)
@@ -96,6 +97,7 @@ def fill(network: Any, stored: Mapping[str, Stored], dtype: torch.dtype | None,
             mapped.check()
             first_run.remove()
         first_run = network.register_forward_pre_hook(check)
+        network.check_values = check
 
 
 def parts(network: Any, stored: Mapping[str, Stored], where: str | Path
@@ -130,7 +132,9 @@ def _parts(network: Any, stored: Mapping[str, Stored], where: str | Path
 
 def named_tensors(network: Any) -> dict[str, Tensor]:
     """All that was loaded, by its names in a checkpoint's files and without copies: parameters
-    (tied ones once, stacked ones in their pieces), buffers and extra tensors."""
+    (tied ones once, stacked ones in their pieces), buffers and extra tensors. VicugnaError for
+    values that are not finite, of what was loaded and not looked at yet."""
+    getattr(network, "check_values", lambda: None)()
     tied, pieces = _ties(network), of_module(network, "pieces")
     result: dict[str, Tensor] = {}
     for name, tensor in network.state_dict().items():
