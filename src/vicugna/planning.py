@@ -15,8 +15,9 @@ from typing import Any
 import yaml
 
 from vicugna import checkpoint
+from vicugna.checkpoint.directory import read_object
 from vicugna.errors import VicugnaError
-from vicugna.files import read_json
+from vicugna.files import disk_errors
 from vicugna.models.counts import Counts, count
 
 # Bytes of a weight; int4 as in Q4_0: blocks of 32 weights of 4 bits and one 16-bit scale.
@@ -165,7 +166,7 @@ def plan(of: Subject, gpu: str = "h100", dtype: str = "bf16", context: int = 819
         raise VicugnaError(f"unknown GPU {gpu!r}", "--gpu", nearest(gpu, kinds))
     if dtype not in WEIGHT_BYTES:
         raise VicugnaError(f"unknown dtype {dtype!r}", "--dtype", nearest(dtype, WEIGHT_BYTES))
-    if not (0 < utilisation <= 1 and 0 <= price < math.inf):
+    if not (1e-6 <= utilisation <= 1 and 0 <= price <= 1e9):
         raise VicugnaError(f"a utilisation of {utilisation} or a price of {price} makes no sense",
                            "plan", "Give a part of 1, and what one GPU costs for an hour")
     sheet = kinds[gpu.lower()]
@@ -193,9 +194,9 @@ def subject(what: str) -> Subject:
     if path.suffix == ".gguf" or (path.is_dir() and not (path / "config.json").exists()):
         return Subject(path.stem, what, checkpoint.survey(path).config)
     path = path / "config.json" if path.is_dir() else path
-    config = read_json(path)
-    if not isinstance(config, dict):
-        raise VicugnaError("not a JSON object", str(path), "Give a model's config.json")
+    file = path.resolve()
+    with disk_errors(path):
+        config = read_object(file.parent, file.name)
     return Subject(path.parent.name if path.name == "config.json" else path.stem, str(path), config)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,9 @@ def test_hub_ids_of_known_models(cli: Any) -> None:
     (["llama-3.1-8b", "--utilisation", "0"], ["utilisation of 0"]),
     (["llama-3.1-8b", "--batch", "0"], ["batch"]),
     (["llama-3.1-8b", "--price", "nan"], ["price of nan"]),
+    (["llama-3.1-8b", "--price", "1e308"], ["price of 1e+308"]),
+    (["llama-3.1-8b", "--utilisation", "1e-320"], ["makes no sense"]),
+    (["/dev/zero"], ["/dev/zero", "not a regular one"]),
     (["llama-3.1-8b", "--context", "many"], ["context"])])
 def test_wrong_words(arguments: list[str], words: list[str], cli: Any) -> None:
     ended = cli("plan", *arguments)
@@ -150,12 +154,28 @@ def test_wrong_words(arguments: list[str], words: list[str], cli: Any) -> None:
     ('{"model_type": "lama"}', "'llama'"), ('{"model_type": "llama"}', "missing"),
     (json.dumps({**CONFIG, "num_hidden_layers": 10**12}), "num_hidden_layers"),
     (json.dumps({**CONFIG, "text_config": 3, "hidden_size": 2**60}), "network"),
-    ("[" * 100_000, "not valid JSON")])
+    ("[" * 100_000, "not valid JSON"), (" " * 10**6 + "{}", "over 1,000,000 bytes"),
+    ('{"rms_norm_eps": NaN}', "outside JSON"),
+    (json.dumps({**CONFIG, "rope_theta": 0}), "rope_theta is 0"),
+    (json.dumps({**CONFIG, "rms_norm_eps": -1e-5}), "rms_norm_eps is -1e-05"),
+    (json.dumps({**CONFIG, "rope_scaling": {"type": "linear", "factor": -2}}), "factor is -2")])
 def test_wrong_configs(content: str, word: str, tmp_path: Path, cli: Any) -> None:
     path = tmp_path / "config.json"
     path.write_text(content)
     ended = cli("plan", tmp_path)
     assert ended.code == 2 and word in ended.line and "config.json" in ended.line
+
+
+def test_sizes_that_no_memory_holds_are_only_counted(tmp_path: Path, cli: Any) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**CONFIG, "head_dim": 2**44}))
+    assert cli("plan", path).code == 0
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path, cli: Any) -> None:
+    os.mkfifo(tmp_path / "pipe.json")
+    ended = cli("plan", tmp_path / "pipe.json")
+    assert ended.code == 2 and "pipe.json: no such file, or not a regular one" in ended.line
 
 
 def test_a_folder_without_a_config(tmp_path: Path, cli: Any) -> None:

@@ -93,10 +93,10 @@ def survey(path: str | Path) -> Survey:
             return gguf.survey(folder)
         if original := meta.find(folder):
             return meta.survey(original)
-        config = _read_object(folder, "config.json")
+        config = read_object(folder, "config.json")
         block = _fp8_block(config, folder)
         stored = weights.scaled(_scan(folder), block)
-        generation_config = (_read_object(folder, "generation_config.json")
+        generation_config = (read_object(folder, "generation_config.json")
                              if (folder / "generation_config.json").exists() else {})
         files = _kept_files(folder)
         tokenizer = Tokenizer(folder) if files.keys() & set(TOKENIZERS) else None
@@ -164,7 +164,9 @@ def _inside(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def _read_object(folder: Path, name: str, limit: int = JSON_BYTES) -> dict[str, Any]:
+def read_object(folder: Path, name: str, limit: int = JSON_BYTES) -> dict[str, Any]:
+    """The JSON object in the regular file `folder/name`, of at most `limit` bytes. VicugnaError for
+    any other file, one that a link leads to out of the folder, and values outside JSON."""
     path = _inside(folder, name)
     if path.stat().st_size > limit:
         raise broken(f"over {limit:,} bytes", path)
@@ -213,7 +215,7 @@ def _scan(folder: Path) -> dict[str, Stored]:
         pickles = sorted(path for path in folder.iterdir() if path.suffix in PICKLES)
         raise _refusal(pickles[0]) if pickles else broken(
             f"neither {weights.SINGLE} nor {weights.INDEX} is there", folder)
-    shards = _read_object(folder, weights.INDEX, INDEX_BYTES).get("weight_map")
+    shards = read_object(folder, weights.INDEX, INDEX_BYTES).get("weight_map")
     if not isinstance(shards, dict) or not all(
             isinstance(name, str) and name.isprintable() and len(name) < 256
             for name in shards.values()):

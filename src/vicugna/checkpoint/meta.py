@@ -217,7 +217,7 @@ def _files(folder: Path) -> dict[int, list[str]]:
 def survey(folder: Path) -> "directory.Survey":
     """What the checkpoint of Meta in `folder` says of itself. Raises VicugnaError; OSError."""
     path = folder / "params.json"
-    params = meta_config.parse(directory._read_object(*_inside(folder, path.name)), path)
+    params = meta_config.parse(directory.read_object(*_inside(folder, path.name)), path)
     files = _files(folder)
     if missing := sorted(set(range(len(files))) - files.keys()):
         raise broken(f"consolidated.{missing[0]:02}.pth is missing, but there is a shard "

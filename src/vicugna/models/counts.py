@@ -166,7 +166,7 @@ def _layers(network: Any) -> tuple[LayerCost, ...]:
         module.forward = lambda x, *_: x
     token = torch.zeros(1, 1, dtype=torch.long, device="meta")
     fresh, remembered = _Notes(remembers=False), _Notes(remembers=True)
-    with torch.no_grad():
+    with torch.no_grad(), torch.device("meta"):  # RoPE's frequencies too are only shapes
         network(token, token, fresh)
         network(token, token, remembered)
     return tuple(map(LayerCost, fresh.spans, fresh.flops, remembered.flops, remembered.kept))

@@ -73,6 +73,10 @@ class Shape:
         if self.head_dim % 2:
             raise VicugnaError(f"head_dim {self.head_dim} is odd", "config.json",
                                "Rotary embedding needs an even head_dim")
+        if self.rope_theta <= 0 or self.rms_norm_eps < 0:
+            raise VicugnaError(f"rope_theta is {self.rope_theta} and rms_norm_eps is "
+                               f"{self.rms_norm_eps}", "config.json",
+                               "The one must be positive, the other not negative")
         scaling = getattr(self, "rope_scaling", None)
         rope.inverse_frequencies(2, self.rope_theta, scaling)  # names what is wrong with it
 

@@ -29,6 +29,8 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: Mapping[str, Any] 
                            "Known types: default, linear, llama3, yarn")
     try:
         factor = float(scaling["factor"])
+        if not 0 < factor < math.inf:
+            raise ValueError(f"factor is {factor}")
         if kind == "linear":
             return inverse / factor
         if kind == "llama3":
