@@ -5,10 +5,11 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ def storage_error(error: OSError, path: str | Path) -> VicugnaError:
     ):
         if error.errno in numbers:
             return VicugnaError(what, str(path), fix)
+    if error.errno is None:  # NumPy's, when not all that it wrote was taken
+        return VicugnaError(f"it could not be written whole: {error}", str(path),
+                            "Free some space and run the command again")
     return VicugnaError(error.strerror or str(error), str(path), "Check the path and the disk")
 
 
@@ -56,15 +60,16 @@ def replacing(path: str | Path) -> Iterator[Path]:
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        os.close(handle)
         temporary = Path(name)
         try:
+            _hold(handle)
             yield temporary
             _sync(temporary)
             os.chmod(temporary, 0o644)
             os.replace(temporary, path)
             _sync(path.parent)
         finally:
+            os.close(handle)
             temporary.unlink(missing_ok=True)
 
 
@@ -78,7 +83,9 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
         os.chmod(temporary, 0o755)
         old = temporary.with_suffix(".old")
+        handle = os.open(temporary, os.O_RDONLY)
         try:
+            _hold(handle)
             yield temporary
             for inner in (*temporary.rglob("*"), temporary):
                 _sync(inner)
@@ -87,6 +94,7 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
             os.replace(temporary, path)
             _sync(path.parent)
         finally:
+            os.close(handle)
             shutil.rmtree(temporary, ignore_errors=True)
             _settle(old, path)
 
@@ -99,12 +107,41 @@ def _settle(old: Path, path: Path) -> None:
         os.replace(old, path)
 
 
-def sweep_temporaries(folder: str | Path) -> None:
-    """Tidy what a killed process left in `folder`: drop `.*.tmp`, and bring `.NAME.*.old` back."""
-    for left in Path(folder).glob(".*.old"):
-        _settle(left, left.parent / left.name[1:].rsplit(".", 2)[0])
-    for left in Path(folder).glob(".*.tmp"):
-        shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+def _hold(handle: int) -> None:
+    """Show that somebody is at work on this file or folder, for as long as the process lives."""
+    with suppress(OSError):  # not every file system has locks: then nothing there is swept
+        fcntl.flock(handle, fcntl.LOCK_EX)
+
+
+def _held(path: Path) -> bool:
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError:
+        return path.exists()
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except OSError:
+        return True
+    finally:
+        os.close(handle)
+
+
+def sweep_temporaries(folder: str | Path, name: str | None = None) -> None:
+    """Tidy what killed processes left in `folder` of writing (to `name` in it, if given): drop
+    `.NAME.*.tmp`, and bring `.NAME.*.old` back. What a living one is writing stays."""
+    ours = re.compile(rf"\.({'.+' if name is None else re.escape(name)})\.\w{{8}}\.(old|tmp)")
+    found = [match for path in Path(folder).glob(".*") if (match := ours.fullmatch(path.name))]
+    for match in sorted(found, key=lambda match: match[2]):  # the old ones first
+        left = Path(folder, match[0])
+        if _held(left.with_suffix(".tmp")):
+            continue
+        if match[2] == "old":
+            _settle(left, Path(folder, match[1]))
+        elif left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -244,6 +244,15 @@ def test_links_out_of_the_folder(folder, tmp_path, name):
     fails(folder, f"'{name}' leads out of the folder")
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "generation_config.json", "tokenizer.json",
+                                  "chat_template.jinja"])
+def test_links_to_nothing(folder, name):
+    """As of a download that was interrupted."""
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to("gone")
+    fails(folder, f"{name}: no such file")
+
+
 def test_links_of_the_hubs_cache(folder, tmp_path):
     snapshot = tmp_path / "models--org--name" / "snapshots" / "abc"
     blobs = tmp_path / "models--org--name" / "blobs"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import weakref
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from vicugna import checkpoint, models
+from vicugna.checkpoint import gguf
 from vicugna.checkpoint.weights import Mapped
 
 LLAMA = {"model_type": "llama", "vocab_size": 99, "hidden_size": 32, "intermediate_size": 64,
@@ -123,6 +125,41 @@ def test_a_folder_with_other_things_stays_as_it_is(a: Path, tmp_path: Path, cli:
     assert listing(tmp_path / "b") == {"thesis.txt": b"mine"}
     ended = cli("convert", a, tmp_path / "b", "--to", "gguf")
     assert ended.code == 2 and "a folder stands" in ended.line
+
+
+@pytest.mark.parametrize("name", ["package.json", "adapter_model.safetensors", "my.model"])
+def test_what_only_looks_like_a_checkpoint_is_not_replaced(a: Path, tmp_path: Path, cli: Any,
+                                                           name: str) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / name).write_text("mine")
+    ended = cli("convert", a, tmp_path / "b")
+    assert ended.code == 2 and name in ended.line
+    assert listing(tmp_path / "b") == {name: b"mine"}
+
+
+def test_a_pipe_is_not_replaced(a: Path, tmp_path: Path, cli: Any) -> None:
+    os.mkfifo(tmp_path / "m.gguf")
+    ended = cli("convert", a, tmp_path / "m.gguf")
+    assert ended.code == 2 and "another kind" in ended.line
+
+
+@pytest.mark.parametrize("target", ["b", "m.gguf"])
+def test_what_a_killed_conversion_left_is_removed(a: Path, tmp_path: Path, cli: Any,
+                                                  target: str) -> None:
+    (tmp_path / f".{target}.a1b2c3_4.tmp").write_bytes(b"half")
+    assert cli("convert", a, tmp_path / target).code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", target]
+
+
+def test_a_full_disk_under_numpy(a: Path, tmp_path: Path, cli: Any, monkeypatch: pytest.MonkeyPatch
+                                 ) -> None:
+    def write(*_: Any) -> None:
+        raise OSError("8192 requested and 416 written")  # with no number, as NumPy does
+
+    monkeypatch.setattr(gguf, "write", write)
+    ended = cli("convert", a, tmp_path / "m.gguf")
+    assert ended.code == 2 and "could not be written whole" in ended.line
+    assert not (tmp_path / "m.gguf").exists()
 
 
 def test_an_older_checkpoint_is_replaced(a: Path, tmp_path: Path, cli: Any) -> None:

@@ -256,7 +256,7 @@ def test_another_process_sees_the_same(tok: Tokenizer, tmp_path: Path) -> None:
 def test_the_cache_is_used_and_small(tok: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     write_texts()
     opened(tok, "texts.jsonl")
-    [left] = [path / ".tokens.killed.tmp" for path in Path("cache").iterdir()]
+    [left] = [path / ".tokens.killed_1.tmp" for path in Path("cache").iterdir()]
     left.mkdir()
     monkeypatch.setattr(Tokenizer, "encode_batch", None)
     opened(tok, "texts.jsonl", seed=3)

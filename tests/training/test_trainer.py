@@ -163,8 +163,8 @@ def test_a_damaged_state_is_named(tmp_path: Path) -> None:
 def test_a_kill_while_a_state_is_replaced_keeps_one(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         train(network(), stopping_at(5), spec(), tmp_path, "t", ALONE)
-    (tmp_path / "state").rename(tmp_path / ".state.abcd_12.old")  # between the two renames
-    (tmp_path / ".state.efgh.tmp").mkdir()
+    (tmp_path / "state").rename(tmp_path / ".state.abcd_123.old")  # between the two renames
+    (tmp_path / ".state.efgh4567.tmp").mkdir()
     seen: list[int] = []
     train(network(), lambda step: (seen.append(step), batch(step))[1], spec(), tmp_path, "t", ALONE)
     assert seen[0] == 3

@@ -1,5 +1,6 @@
 """From one form of a checkpoint to another, tensor by tensor, losing nothing without leave."""
 
+import math
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -15,11 +16,11 @@ from vicugna.checkpoint import directory, fit, gguf, gguf_keys
 from vicugna.checkpoint.gguf_file import MAGIC
 from vicugna.checkpoint.weights import Mapped, Stored
 from vicugna.errors import Refused, VicugnaError
-from vicugna.files import disk_errors, replacing
+from vicugna.files import disk_errors, replacing, sweep_temporaries
 
 FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 FORMS = ("hf", "gguf")
-BLOCK = 2**22  # values that are compared at once
+BLOCK = 2**20  # values that are compared at once
 Report = Callable[[int, str], None]
 
 
@@ -41,17 +42,20 @@ class Losses:
     def cast(self, tensor: Tensor, dtype: torch.dtype, name: str, part: str = "") -> Tensor:
         """The tensor, or this part of it, as `dtype`; values that it cannot hold exactly are a
         loss, those that are too large for it a VicugnaError."""
-        cast = tensor.to(dtype)
-        if torch.promote_types(tensor.dtype, dtype) == dtype:  # it holds every value
-            return cast
-        pairs = zip(cast.flatten().split(BLOCK), tensor.flatten().split(BLOCK), strict=True)
-        if changed := sum(int((new.to(old.dtype) != old).count_nonzero()) for new, old in pairs):
+        if (wide := torch.promote_types(tensor.dtype, dtype)) == dtype:  # it holds every value
+            return tensor.to(dtype)
+        cast, changed, most = torch.empty(tensor.shape, dtype=dtype), 0, 0.0
+        for new, old in zip(cast.view(-1).split(BLOCK), tensor.reshape(-1).split(BLOCK),
+                            strict=True):
+            error = new.copy_(old).to(wide, copy=True).sub_(old)
+            changed += int(error.count_nonzero())
+            most = max(most, float(error.abs_().max()))
+        if changed:
             kind = str(dtype).removeprefix("torch.")
-            if not bool(torch.isfinite(cast).all()):
+            if not math.isfinite(most):
                 raise VicugnaError(f"tensor {name}{part} has values that are too large for {kind}",
                                    self.where, "Choose bfloat16 or float32")
             if not self.allowed:
-                most = float((cast.to(tensor.dtype) - tensor).abs().max())
                 self.note(f"digits: as {kind}, {changed:,} of {tensor.numel():,} values of "
                           f"{name}{part} would change, by up to {most:.1e}")
             self.rounded.setdefault(dtype, Counter())[name] += changed
@@ -71,7 +75,8 @@ def convert(source: str | Path, target: str | Path, form: str | None = None,
 
     `form` is "hf" or "gguf", by default what `target` looks like; `dtype` is a float type, or for
     GGUF "q8_0" or "q4_0", by default as stored. `report(tensors)` gives what is called with each
-    tensor's number and name. Memory holds one tensor of the target besides the mapped source.
+    tensor's number and name. Memory holds one tensor of the target besides the mapped one of the
+    source.
     Returns what was done. Refused where something would be lost without `lossy`; VicugnaError.
     """
     target = Path(os.path.expanduser(target))
@@ -103,9 +108,14 @@ def convert(source: str | Path, target: str | Path, form: str | None = None,
         return mapped.read([stored], stored.shape, wide, torch.device("cpu"))
 
     def load(stored: Stored, dtype: torch.dtype) -> Tensor:
-        return losses.cast(read(stored), dtype, stored.name)
+        tensor = read(stored)
+        cast = losses.cast(tensor, dtype, stored.name)
+        if cast is not tensor:
+            mapped.give_back(stored)
+        return cast
 
     if form == "gguf":
+        sweep_temporaries(target.parent, target.name)
         with disk_errors(target), replacing(target) as temporary:
             gguf.write(temporary, found, wanted, dtype, read, losses.cast)
     else:
@@ -138,7 +148,11 @@ def _check_target(source: Path, target: Path, form: str) -> None:
             if target.is_dir():
                 raise VicugnaError("a folder stands where the file should be", str(target),
                                    "Name a file in it, such as model.gguf")
-            with open(target, "rb") as file:
-                if file.read(4) != MAGIC:
-                    raise VicugnaError("there is a file of another kind, which would be lost",
-                                       str(target), "Choose another name")
+            if not target.is_file() or _start(target) != MAGIC:
+                raise VicugnaError("there is a file of another kind, which would be lost",
+                                   str(target), "Choose another name")
+
+
+def _start(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(4)

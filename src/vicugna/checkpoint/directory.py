@@ -17,12 +17,18 @@ from vicugna.checkpoint import fit, weights
 from vicugna.checkpoint.digest import digest
 from vicugna.checkpoint.weights import Stored, broken, short
 from vicugna.errors import VicugnaError
-from vicugna.files import canonical, disk_errors, read_json, replacing_folder, write_json
+from vicugna.files import (
+    canonical,
+    disk_errors,
+    read_json,
+    replacing_folder,
+    sweep_temporaries,
+    write_json,
+)
 from vicugna.tokenizer import FILES as TOKENIZERS
 from vicugna.tokenizer import Tokenizer
 
 HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?")
-CHECKPOINT_FILE = re.compile(r"\.(safetensors|json|jinja|model)$|^merges\.txt$|^modeling_\w+\.py$")
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 # Of tokenizers, chat templates and processors of images: kept as they are when a model is saved.
 KEPT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -30,6 +36,10 @@ KEPT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.jso
               "chat_template.jinja", "chat_template.json", "processor_config.json",
               "preprocessor_config.json")
 TEMPLATES = "additional_chat_templates"  # a folder of *.jinja
+# What may stand in a folder that a checkpoint takes the place of: what one is made of, no more.
+CHECKPOINT_FILE = re.compile("|".join([
+    r"model(-\d+-of-\d+)?\.safetensors", r"modeling_\w+\.py",
+    *map(re.escape, ("config.json", "generation_config.json", weights.INDEX, *KEPT_FILES))]))
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 JSON_BYTES, INDEX_BYTES = 10**6, 20 * 10**6  # an index of 150,000 tensors
@@ -97,7 +107,7 @@ def survey(path: str | Path) -> Survey:
         block = _fp8_block(config, folder)
         stored = weights.scaled(_scan(folder), block)
         generation_config = (read_object(folder, "generation_config.json")
-                             if (folder / "generation_config.json").exists() else {})
+                             if os.path.lexists(folder / "generation_config.json") else {})
         files = _kept_files(folder)
         tokenizer = Tokenizer(folder) if files.keys() & set(TOKENIZERS) else None
         return Survey(folder, config, stored, tokenizer, generation_config, files)
@@ -183,7 +193,8 @@ def read_object(folder: Path, name: str, limit: int = JSON_BYTES) -> dict[str, A
 def _kept_files(folder: Path) -> dict[str, bytes]:
     """The contents of those of KEPT_FILES, and further templates, that are there."""
     extra = sorted(path.relative_to(folder).as_posix() for path in folder.glob(f"{TEMPLATES}/*"))
-    found = [_inside(folder, name) for name in (*KEPT_FILES, *extra) if (folder / name).exists()]
+    found = [_inside(folder, name) for name in (*KEPT_FILES, *extra)
+             if os.path.lexists(folder / name)]
     if sum(path.stat().st_size for path in found) > KEPT_BYTES:
         longest = max(found, key=lambda path: path.stat().st_size)
         raise broken(f"over {KEPT_BYTES:,} bytes with the rest of the tokenizer", longest)
@@ -209,7 +220,7 @@ def _fp8_block(config: Mapping[str, Any], folder: Path) -> tuple[int, int] | Non
 def _scan(folder: Path) -> dict[str, Stored]:
     """Every tensor of a checkpoint, from the headers of its safetensors files, each of which is
     inside the folder and holds what the index says."""
-    if (folder / weights.SINGLE).exists():
+    if os.path.lexists(folder / weights.SINGLE):
         return weights.scan([_inside(folder, weights.SINGLE)])
     if not (folder / weights.INDEX).exists():
         pickles = sorted(path for path in folder.iterdir() if path.suffix in PICKLES)
@@ -297,7 +308,7 @@ def _write_folder(folder: str | Path, tensors: Mapping[str, Tensor | Stored], dt
     with disk_errors(folder):
         others = [path.name for path in (folder.iterdir() if folder.exists() else ())
                   if not (path.name == TEMPLATES if path.is_dir()
-                          else path.is_file() and CHECKPOINT_FILE.search(path.name))]
+                          else path.is_file() and CHECKPOINT_FILE.fullmatch(path.name))]
     if others:
         raise VicugnaError(f"the folder holds {min(others)}, which is not part of a checkpoint and "
                            "would be lost", str(folder), "Choose another folder")
@@ -311,6 +322,7 @@ def _write_folder(folder: str | Path, tensors: Mapping[str, Tensor | Stored], dt
         name = config["model_type"].title()
         config["auto_map"] = {"AutoConfig": f"{code.stem}.{name}Config",
                               "AutoModelForCausalLM": f"{code.stem}.{name}ForCausalLM"}
+    sweep_temporaries(folder.parent, folder.name)
     with replacing_folder(folder) as temporary:
         weights.write(temporary, tensors)
         write_json(temporary / "config.json", config)

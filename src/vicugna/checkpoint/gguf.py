@@ -229,7 +229,8 @@ def _bytes(parts: Iterable[Tensor], sources: Sequence[Stored], kind: int,
         stacked = part.dim() == 3
         blocks = part.unbind() if stacked else (part,)
         for m, block in enumerate(blocks):
-            values = cast(block, DTYPES.get(kind, torch.float32), source.name,
+            single = torch.float32 if block.dtype == torch.float64 else block.dtype
+            values = cast(block, DTYPES.get(kind, single), source.name,
                           f"[{m}]" if stacked else "")
             rows = encode(values, kind)
             if len(sources) == len(blocks) == 1:

@@ -200,8 +200,11 @@ def decode(entry: Entry, expert: int | None = None) -> Tensor:
 
 def encode(tensor: Tensor, kind: int) -> np.ndarray:
     """The bytes of a tensor in a GGML type, in rows. Float types take the tensor's values as they
-    are: it has that dtype already."""
+    are: it has that dtype already. Others are made of some rows at a time, as this takes several
+    times their memory."""
     if kind in DTYPES:
         return tensor.contiguous().view(torch.uint8).numpy()
     gguf = package()
-    return gguf.quants.quantize(tensor.float().numpy(), gguf.GGMLQuantizationType(kind))
+    some = tensor.split(max(1, 2**20 // tensor.shape[-1]))
+    return np.concatenate([gguf.quants.quantize(rows.float().numpy(),
+                                                gguf.GGMLQuantizationType(kind)) for rows in some])
