@@ -188,6 +188,16 @@ def test_archives(folder):
     fails(folder, "PyTorch does not unpickle it")
 
 
+def test_a_list_of_too_many_records_is_not_read(folder):
+    path = folder / "consolidated.00.pth"
+    with zipfile.ZipFile(path, "a") as archive:
+        for n in range(30_000):
+            archive.writestr(f"archive/{n:020}", b"")
+    fails(folder, "more records than a model has tensors")
+    path.write_bytes(b"PK")
+    fails(folder, "not a zip file")
+
+
 def test_a_compressed_archive(folder):
     rezip(folder / "consolidated.00.pth", zipfile.ZIP_DEFLATED)
     fails(folder, "not an archive as PyTorch writes them")
@@ -216,6 +226,8 @@ def test_nan(folder):
      "[87, 64] of torch.float32, but [88, 64] of torch.float32 in consolidated.00.pth"),
     (1, {"norm.weight": torch.ones(D).bfloat16()}, "[64] of torch.bfloat16, but"),
     (1, {"norm.weight": torch.ones(D).int()}, "stored as torch.int32, which is not read"),
+    (1, {"norm.weight": torch.full((D,), 7.0)}, "norm.weight: its values are not those in"),
+    (1, {"norm.weight": torch.full((D,), float("nan"))}, "the shards are of several models"),
 ])
 def test_shards_that_differ(folder, rank, changes, says):
     change(folder, rank, **changes)

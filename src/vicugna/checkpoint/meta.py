@@ -143,6 +143,9 @@ class Original:
                       tuple(shape), load=lambda: self._whole(target, made_of))
 
     def _whole(self, target: str, made_of: list[tuple[str, int]]) -> Tensor:
+        for name, _ in made_of:
+            if self._rule(name)[0] is None:
+                self._same_values(name)
         parts, split = self._parts(target, made_of, Mapped().tensor)
         whole = torch.cat(parts, split) if parts[1:] else parts[0]
         if self._turned(target):
@@ -150,6 +153,15 @@ class Original:
             pairs = whole.unflatten(0, (-1, self.params.head_width // 2, 2))
             whole = pairs.transpose(1, 2).flatten(0, 2)
         return whole.contiguous()
+
+    def _same_values(self, name: str) -> None:
+        """Raise VicugnaError unless all ranks have nearly the same values: the first one's are
+        used, as by Meta, and others far from them are of another model."""
+        first, *others = (Mapped().tensor(rank[name]).float() for rank in self.ranks)
+        for rank, other in zip(self.ranks[1:], others, strict=True):
+            if not torch.allclose(other, first, rtol=0.05, atol=0.01, equal_nan=True):
+                raise broken(f"its values are not those in {self.ranks[0][name].file.name}: the "
+                             "shards are of several models", rank[name].where)
 
     def _turned(self, target: str) -> bool:
         """Whether RoPE turns what the matrix `target` makes, and Hugging Face in another order."""

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from errno import EINVAL
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from vicugna.checkpoint.weights import Stored, broken, short
 from vicugna.errors import VicugnaError
 
 # Five times those of Llama 4 Maverick; more only serve to use up time.
-PICKLE_BYTES, PICKLE_STEPS = 2 * 10**6, 300_000
+PICKLE_BYTES, PICKLE_STEPS, DIRECTORY_BYTES = 2 * 10**6, 300_000, 2 * 10**6
 # All that a pickle of tensors names; Llama 4's holds byte strings beside them, which are not used.
 HARMLESS = re.compile(r"torch \w+Storage|torch\._utils _rebuild_(tensor_v2|parameter)"
                       r"|collections OrderedDict|_codecs encode|_io BytesIO")
@@ -56,6 +57,9 @@ def scan(path: Path, unused: re.Pattern[str]) -> dict[str, Stored]:
 def _records(path: Path) -> dict[int, int]:
     """Where the archive's records begin, and their lengths, if the archive is of PyTorch's kind
     and its pickle harmless."""
+    with open(path, "rb") as file:
+        if _directory_bytes(file) > DIRECTORY_BYTES:
+            raise broken("more records than a model has tensors", path)
     with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
         entries = archive.infolist()
         pickles = [entry for entry in entries if entry.filename.endswith(".pkl")]
@@ -71,6 +75,19 @@ def _records(path: Path) -> dict[int, int]:
             name, extra = (int.from_bytes(file.read(2), "little") for _ in range(2))
             records[entry.header_offset + 30 + name + extra] = entry.file_size
     return records
+
+
+def _directory_bytes(file: BinaryIO) -> int:
+    """How long the archive says that the list of its records is, which zipfile reads whole: the
+    length is in the last 22 bytes, and where it may be too great for that, in 76 before them."""
+    file.seek(-min(98, file.seek(0, 2)), 2)
+    tail = file.read()
+    if tail[-22:-18] != b"PK\5\6":
+        raise ValueError("File is not a zip file")
+    lengths = [int.from_bytes(tail[-10:-6], "little")]
+    if tail[-42:-38] == b"PK\6\7" and tail[:4] == b"PK\6\6":
+        lengths.append(int.from_bytes(tail[40:48], "little"))
+    return lengths[-1]
 
 
 def _search(pickle: bytes, path: Path) -> None:
