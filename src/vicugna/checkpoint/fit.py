@@ -7,7 +7,7 @@ config.json alone does not say what the files hold, `meant(config, stored)` corr
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ def fill(network: Any, stored: Mapping[str, Stored], dtype: torch.dtype | None,
     read them anyway.
     """
     state, tied = network.state_dict(), _ties(network)
-    made_of, extras = _parts(network, stored, where)
+    made_of, extras = _parts(network, state, tied, stored, where)
     mapped = Mapped(later=sum(part.nbytes for part in stored.values()) > AT_ONCE)
     parameters = {name for name, _ in network.named_parameters(remove_duplicate=False)}
     kinds = {part.kind for name in made_of.keys() & parameters for part in made_of[name]}
@@ -85,10 +85,13 @@ def fill(network: Any, stored: Mapping[str, Stored], dtype: torch.dtype | None,
         if not torch.equal(tensors.pop(name), tensors[tied[name]]):
             raise VicugnaError(f"{name} differs from the embeddings, but the config ties them",
                                str(where), "Set tie_word_embeddings to false in it")
-    network.load_state_dict(tensors, strict=False, assign=True)
+    modules = dict(network.named_modules())
+    for name, tensor in tensors.items():
+        owner, _, last = name.rpartition(".")
+        setattr(modules[owner], last, nn.Parameter(tensor) if name in parameters else tensor)
     for name, other in tied.items():
         owner, _, last = name.rpartition(".")
-        setattr(network.get_submodule(owner), last, network.get_parameter(other))
+        setattr(modules[owner], last, network.get_parameter(other))
     network.extra_tensors = {name: mapped.read([part], part.shape, part.kind, torch.device("cpu"))
                              for name, part in extras.items()}
     network.eval()
@@ -104,16 +107,17 @@ def parts(network: Any, stored: Mapping[str, Stored], where: str | Path
           ) -> tuple[dict[str, Stored], dict[str, Stored]]:
     """The tensors that `network` is made of (of tied ones one), and extra ones, by their names.
     VicugnaError where names or shapes do not fit."""
-    made_of, extras = _parts(network, stored, where)
     tied = _ties(network)
+    made_of, extras = _parts(network, network.state_dict(), tied, stored, where)
     return {part.name: part for name, those in made_of.items() if name not in tied
             for part in those}, extras
 
 
-def _parts(network: Any, stored: Mapping[str, Stored], where: str | Path
+def _parts(network: Any, state: Mapping[str, Tensor], tied: Collection[str],
+           stored: Mapping[str, Stored], where: str | Path
            ) -> tuple[dict[str, list[Stored]], dict[str, Stored]]:
     """What each parameter and buffer is made of, in order, and the extra tensors."""
-    config, state, tied = network.config, network.state_dict(), _ties(network)
+    config = network.config
     pieces, extra = of_module(network, "pieces"), of_module(network, "extra")
     extras = {name: tensor for name, tensor in stored.items() if extra(name, config)}
     # A tied head may be stored too, and (before transformers 4.31) RoPE's frequencies.
