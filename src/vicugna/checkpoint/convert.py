@@ -20,15 +20,16 @@ from vicugna.files import disk_errors, replacing, sweep_temporaries
 
 FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 FORMS = ("hf", "gguf")
-BLOCK = 2**20  # values that are compared at once
+BLOCK = 2**20  # values that are cast and compared at once
 Report = Callable[[int, str], None]
 
 
 class Losses:
-    """What a conversion changes: nothing, or with leave, what `notes` says."""
+    """What a conversion changes: nothing, or with leave, what `notes` says. `forget` is told of
+    rows that are done with."""
 
-    def __init__(self, allowed: bool, where: str) -> None:
-        self.allowed, self.where = allowed, where
+    def __init__(self, allowed: bool, where: str, forget: Callable[[Tensor], None]) -> None:
+        self.allowed, self.where, self.forget = allowed, where, forget
         self.notes: list[str] = []
         self.rounded: dict[torch.dtype, Counter[str]] = {}  # how many values of which tensors
 
@@ -42,14 +43,18 @@ class Losses:
     def cast(self, tensor: Tensor, dtype: torch.dtype, name: str, part: str = "") -> Tensor:
         """The tensor, or this part of it, as `dtype`; values that it cannot hold exactly are a
         loss, those that are too large for it a VicugnaError."""
-        if (wide := torch.promote_types(tensor.dtype, dtype)) == dtype:  # it holds every value
+        if tensor.dtype == dtype or not tensor.numel():
             return tensor.to(dtype)
         cast, changed, most = torch.empty(tensor.shape, dtype=dtype), 0, 0.0
+        wide = torch.promote_types(tensor.dtype, dtype)
         for new, old in zip(cast.view(-1).split(BLOCK), tensor.reshape(-1).split(BLOCK),
                             strict=True):
-            error = new.copy_(old).to(wide, copy=True).sub_(old)
-            changed += int(error.count_nonzero())
-            most = max(most, float(error.abs_().max()))
+            new.copy_(old)
+            if wide != dtype:  # which does not hold every value
+                error = new.to(wide, copy=True).sub_(old)
+                changed += int(error.count_nonzero())
+                most = max(most, float(error.abs_().max()))
+            self.forget(old)
         if changed:
             kind = str(dtype).removeprefix("torch.")
             if not math.isfinite(most):
@@ -89,35 +94,33 @@ def convert(source: str | Path, target: str | Path, form: str | None = None,
                            f"Use one of {', '.join(known)}")
     found = directory.survey(source)
     _check_target(found.folder, target, form)
-    losses = Losses(lossy, str(source))
+    mapped = Mapped()
+    losses = Losses(lossy, str(source), mapped.forget)
     network = fit.build(found.config, found.stored, str(found.folder))
     parts, extras = fit.parts(network, found.stored, found.folder)
     if form == "gguf":
         _foresee(losses, found.config, dtype, len(extras))
         found, parts = gguf.text_part(found, parts)
     wanted = parts | ({} if form == "gguf" else extras)
-    mapped, total, done = Mapped(), len(wanted), list[Stored]()
+    total, number, last = len(wanted), 0, torch.empty(0)
     say = report(total) if report else lambda done, name: None
 
     def read(stored: Stored) -> Tensor:
-        if done:
-            mapped.give_back(done[-1])
-        done.append(stored)
-        say(len(done), stored.name)
+        nonlocal last, number
+        mapped.forget(last)
+        last = torch.empty(0)
+        say(number := number + 1, stored.name)
         wide = torch.float32 if stored.scale is not None else stored.dtype
-        return mapped.read([stored], stored.shape, wide, torch.device("cpu"))
+        last = mapped.read([stored], stored.shape, wide, torch.device("cpu"))
+        return last
 
     def load(stored: Stored, dtype: torch.dtype) -> Tensor:
-        tensor = read(stored)
-        cast = losses.cast(tensor, dtype, stored.name)
-        if cast is not tensor:
-            mapped.give_back(stored)
-        return cast
+        return losses.cast(read(stored), dtype, stored.name)
 
     if form == "gguf":
         sweep_temporaries(target.parent, target.name)
         with disk_errors(target), replacing(target) as temporary:
-            gguf.write(temporary, found, wanted, dtype, read, losses.cast)
+            gguf.write(temporary, found, wanted, dtype, read, losses.cast, mapped.forget)
     else:
         tensors = {name: replace(stored, dtype=kind, scale=None, load=partial(load, stored, kind))
                    for name, stored in wanted.items()

@@ -36,6 +36,7 @@ from vicugna.checkpoint.gguf_file import (
     STRING,
     UINT32,
     Entry,
+    Forget,
     decode,
     encode,
     package,
@@ -177,10 +178,10 @@ def text_part(found: Survey, tensors: Mapping[str, Stored]) -> tuple[Survey, dic
 
 
 def write(path: Path, found: Survey, tensors: Mapping[str, Stored], dtype: str | None,
-          load: Callable[[Stored], Tensor], cast: Callable[..., Tensor]) -> None:
+          load: Callable[[Stored], Tensor], cast: Callable[..., Tensor], forget: Forget) -> None:
     """Write a checkpoint as a GGUF file: `tensors` are those of `found` to write, `dtype` one of
     KINDS, or None to keep what is stored; `load` gives a tensor as it is stored, `cast` (as
-    `Losses.cast`) one in a dtype.
+    `Losses.cast`) one in a dtype, `forget` (as `Mapped.forget`) is told of rows that are done with.
 
     Memory holds the largest tensor of the file. VicugnaError for what GGUF cannot represent.
     """
@@ -206,22 +207,22 @@ def write(path: Path, found: Survey, tensors: Mapping[str, Stored], dtype: str |
         if factors is not None:
             writer.write_tensor_data(factors.numpy())
         for group in planned:
-            for rows in _made(group, kinds, load, cast):
+            for rows in _made(group, kinds, load, cast, forget):
                 writer.write_tensor_data(rows)
 
 
 def _made(group: Group, kinds: Mapping[str, int], load: Callable[[Stored], Tensor],
-          cast: Callable[..., Tensor]) -> Iterator[np.ndarray]:
+          cast: Callable[..., Tensor], forget: Forget) -> Iterator[np.ndarray]:
     """The tensors of a group, one after the other; a source of several is loaded once."""
     only = load(group.sources[0]) if group.names[1:] else None
     for n, name in enumerate(group.names):
         parts = (group.form.split(load(source) if only is None else only)[n]
                  for source in group.sources)
-        yield _bytes(parts, group.sources, kinds[name], cast)
+        yield _bytes(parts, group.sources, kinds[name], cast, forget)
 
 
 def _bytes(parts: Iterable[Tensor], sources: Sequence[Stored], kind: int,
-           cast: Callable[..., Tensor]) -> np.ndarray:
+           cast: Callable[..., Tensor], forget: Forget) -> np.ndarray:
     """A tensor of a file, made of parts of these sources. Matrices of a stack are turned into its
     GGML type one by one: together they would take several times their memory."""
     whole = None
@@ -232,7 +233,7 @@ def _bytes(parts: Iterable[Tensor], sources: Sequence[Stored], kind: int,
             single = torch.float32 if block.dtype == torch.float64 else block.dtype
             values = cast(block, DTYPES.get(kind, single), source.name,
                           f"[{m}]" if stacked else "")
-            rows = encode(values, kind)
+            rows = encode(values, kind, forget)
             if len(sources) == len(blocks) == 1:
                 return rows
             if whole is None:

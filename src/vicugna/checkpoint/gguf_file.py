@@ -6,6 +6,7 @@ a file says, and takes seconds for a real vocabulary; what types mean is the pac
 
 import math
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,7 @@ from vicugna.checkpoint.weights import broken, short
 from vicugna.errors import VicugnaError
 
 MAGIC = b"GGUF"
+Forget = Callable[[Tensor], None]  # told of rows of a tensor that are done with
 HEADER_BYTES = 10**8  # twice what the largest vocabularies need
 STRINGS = 10**6  # in all lists of a file: the largest vocabularies have 800,000 with their merges
 KEYS, TENSORS = 2**12, 2**14
@@ -198,13 +200,18 @@ def decode(entry: Entry, expert: int | None = None) -> Tensor:
     return torch.from_numpy(values).reshape(shape)
 
 
-def encode(tensor: Tensor, kind: int) -> np.ndarray:
+def encode(tensor: Tensor, kind: int, forget: Forget) -> np.ndarray:
     """The bytes of a tensor in a GGML type, in rows. Float types take the tensor's values as they
     are: it has that dtype already. Others are made of some rows at a time, as this takes several
-    times their memory."""
+    times their memory; `forget` is told of rows that are done with."""
     if kind in DTYPES:
         return tensor.contiguous().view(torch.uint8).numpy()
     gguf = package()
-    some = tensor.split(max(1, 2**20 // tensor.shape[-1]))
-    return np.concatenate([gguf.quants.quantize(rows.float().numpy(),
-                                                gguf.GGMLQuantizationType(kind)) for rows in some])
+    values, size = gguf.GGML_QUANT_SIZES[kind]
+    made = np.empty((*tensor.shape[:-1], tensor.shape[-1] // values * size), np.uint8)
+    some = max(1, 2**20 // tensor.shape[-1])
+    for n, rows in enumerate(tensor.split(some)):
+        made[n * some : (n + 1) * some] = gguf.quants.quantize(
+            rows.float().numpy(), gguf.GGMLQuantizationType(kind))
+        forget(rows)
+    return made

@@ -169,7 +169,7 @@ class Mapped:
     """
 
     def __init__(self, later: bool = False) -> None:
-        self._files: dict[Path, mmap.mmap] = {}
+        self._files: dict[Path, tuple[mmap.mmap, int]] = {}  # each with its address
         self._later = later
         self.unchecked: list[tuple[Tensor, Stored]] = []
 
@@ -188,9 +188,11 @@ class Mapped:
             return torch.empty(stored.shape, dtype=stored.dtype)
         if stored.file not in self._files:
             with open(stored.file, "rb") as file:
-                self._files[stored.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+                mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            begin = torch.frombuffer(mapping, dtype=torch.uint8, count=1).data_ptr()
+            self._files[stored.file] = mapping, begin
         try:
-            flat = torch.frombuffer(self._files[stored.file], dtype=torch.uint8,
+            flat = torch.frombuffer(self._files[stored.file][0], dtype=torch.uint8,
                                     count=stored.nbytes, offset=stored.begin)
         except ValueError as error:
             raise broken(f"cannot be read: {error}", stored.where) from error
@@ -220,15 +222,17 @@ class Mapped:
             else:
                 _dequantise(place, source, self.tensor(part.scale), part.block)
             _check(place, source, part)
-            self.give_back(part)
+            self.forget(source)
         return whole
 
-    def give_back(self, stored: Stored) -> None:
-        """Let the system have the memory of a tensor that is no longer used."""
-        if stored.nbytes and stored.load is None:
-            start = stored.begin // mmap.PAGESIZE * mmap.PAGESIZE
-            self._files[stored.file].madvise(mmap.MADV_DONTNEED, start,
-                                             stored.begin + stored.nbytes - start)
+    def forget(self, tensor: Tensor) -> None:
+        """Let the system have the memory of a mapped tensor, or of a part of its rows, that is no
+        longer used. Nothing happens to other tensors."""
+        for mapping, address in self._files.values():
+            begin = tensor.data_ptr() - address
+            if 0 <= begin < len(mapping):
+                page = begin // mmap.PAGESIZE * mmap.PAGESIZE
+                mapping.madvise(mmap.MADV_DONTNEED, page, begin + tensor.nbytes - page)
 
 
 def _dequantise(place: Tensor, weight: Tensor, scale: Tensor, block: tuple[int, int]) -> None:
