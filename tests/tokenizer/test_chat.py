@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vicugna.errors import VicugnaError
-from vicugna.tokenizer import Tokenizer
+from vicugna.tokenizer import Tokenizer, sandbox
 from vicugna.tokenizer.bpe import SPECIAL, VISIBLE
 
 TOOLS = [{"type": "function", "function": {"name": "add", "description": "Adds é <b> \"x\"",
@@ -169,7 +169,9 @@ def with_template(tok: Tokenizer, folder: Path, template: str) -> Tokenizer:
     "{{ 'a' * 10**9 }}", "{{ 10 ** 10 ** 10 }}", "{{ 'a'.ljust(10000) }}", "{{ '%9999999d' % 3 }}",
     "{{ '{:99999999}'.format(3) }}", "{{ 'a' | center(10000) }}", "{{ lipsum() }}",
     "{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}",
-    "{% set x = 'a' * 29000 %}" + "{{ x | list | sort | join | length }}" * 1600, "x" * 60_001,
+    "{% set x = 'a' * 29000 %}" + "{{ x | list | sort | join | length }}" * 1100, "x" * 40_001,
+    "{% set x = [1] * 9000 %}{% for i in x if i in x[1:] and 2 in x %}{% endfor %}",
+    "{% set x = [1] * 9000 %}" + "{{ (x, x) == (x, x) }}" * 1700,
     "{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}", "{{ cycler.__init__.__globals__ }}",
     "{{ raise_exception('not like this') }}", "{% for x in messages %}", "{{ messages[9].role.x }}",
     *("{% set n = namespace(x=['a']) %}{% for i in range(20) %}" + twice + "{% endfor %}{{ n.x }}"
@@ -191,6 +193,29 @@ def test_a_hostile_or_broken_template_is_an_error(tok: Tokenizer, tmp_path: Path
                                                   template: str) -> None:
     with pytest.raises(VicugnaError, match="chat template"):
         with_template(tok, tmp_path, template).chat([USER])
+
+
+class Clock:
+    """Of a processor that stands still at its 50th look for `stall` seconds."""
+
+    def __init__(self, stall: float, step: float) -> None:
+        self.now, self.looks, self.stall, self.step = 0.0, 0, stall, step
+
+    def thread_time(self) -> float:
+        self.looks += 1
+        self.now += self.stall if self.looks == 50 else self.step
+        return self.now
+
+
+def test_a_machine_that_stands_still_is_no_fault_of_the_template(
+        tok: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A virtual machine's pause, a collection of garbage: its clock of the processor runs on."""
+    loops = with_template(tok, tmp_path, "{% for i in range(400) %}{{ i }}{% endfor %}")
+    monkeypatch.setattr(sandbox, "time", stalled := Clock(100.0, 0.0))
+    assert loops.render([USER]).endswith("399") and stalled.looks > 400
+    monkeypatch.setattr(sandbox, "time", Clock(0.0, sandbox.MAX_SECONDS / 300))
+    with pytest.raises(VicugnaError, match="runs for too long"):
+        loops.render([USER])
 
 
 def test_numbers_of_the_input_may_be_written(tok: Tokenizer, tmp_path: Path) -> None:

@@ -21,10 +21,11 @@ from jinja2.visitor import NodeTransformer
 
 from vicugna.errors import VicugnaError
 
-MAX_SECONDS = 0.5  # of the processor, and another second for every
+MAX_SECONDS = 0.3  # of the processor, and another second for every
 CHARACTERS = 100_000  # characters of the input
+PAUSES = 25  # between two looks at the clock no more than this part of the time counts
 MAX_LOOPS = 200_000
-MAX_SOURCE = 60_000  # characters of a template; the longest known has 30,000
+MAX_SOURCE = 40_000  # characters of a template; the longest known has 30,000
 MAX_SIZE = 30_000  # of any text, list or number a template builds, beyond 4 times its input
 MAX_OUTPUTS = 10  # times that may be written in all: what a macro writes, its caller writes again
 # What pads or repeats without an operator; no chat template needs it.
@@ -53,8 +54,8 @@ class _Environment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(["+", "*", "**", "%"])
 
     def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, finalize=self.written,
-                         extensions=[_Generation, loopcontrols])
+        super().__init__(trim_blocks=True, lstrip_blocks=True, optimized=False,
+                         finalize=self.written, extensions=[_Generation, loopcontrols])
         for name in _BANNED_FILTERS:
             del self.filters[name]
         del self.globals["lipsum"]
@@ -63,7 +64,8 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.filters = {name: self.limited(filter) for name, filter in self.filters.items()}
         self.globals["raise_exception"] = _raise_exception
         self.globals["strftime_now"] = lambda form: datetime.now().strftime(form[:100])
-        self.deadline, self.loops_left, self.max_size = 0.0, 0, MAX_SIZE
+        self.seconds, self.seconds_left, self.looked = 0.0, 0.0, 0.0
+        self.loops_left, self.max_size = 0, MAX_SIZE
         self.characters_left = 0  # to be written
         self.hide: Callable[[str], str] = str
         self.hidden: set[str] = set()  # what `hide` puts in place of other characters
@@ -73,9 +75,18 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.in_time()
 
     def in_time(self) -> None:
-        """Raise SecurityError when time or loops are up."""
-        if self.loops_left < 0 or time.thread_time() > self.deadline:
+        """Raise SecurityError when time or loops are up. A machine that stands still for a while,
+        or collects garbage, has the template's clock run on: it counts as one long step."""
+        now = time.thread_time()
+        self.seconds_left -= min(now - self.looked, self.seconds / PAUSES)
+        self.looked = now
+        if self.loops_left < 0 or self.seconds_left < 0:
             raise SecurityError("it runs for too long")
+
+    def timed(self, value: Any) -> Any:
+        """The value itself, in time."""
+        self.in_time()
+        return value
 
     def written(self, value: Any) -> Any:
         """The value itself, which a template is about to write."""
@@ -98,6 +109,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         """The value itself, or SecurityError when it (or `size`) is too large for a chat. A list
         counts with all that it holds, as often as it holds it: two names of one list cost nothing,
         and double what it takes to write it. Hence it may not hold what can still change."""
+        self.in_time()
         left, inside = self.max_size - max(size, _size(value)), [value]
         while inside and left >= 0:
             item = inside.pop()
@@ -231,7 +243,14 @@ class _Guard(NodeTransformer):
         node.expr = self._hidden(node.expr)
         for operand in node.ops:
             operand.expr = self._hidden(operand.expr)
-        return self.generic_visit(node)
+        self.generic_visit(node)
+        quick = all(operand.op in ("eq", "ne") and isinstance(operand.expr, nodes.Const)
+                    for operand in node.ops)
+        return node if quick else _own("timed", node)
+
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
+        self.generic_visit(node)
+        return _own("timed", node) if isinstance(node.arg, nodes.Slice) else node
 
     def visit_Call(self, node: nodes.Call | nodes.Filter) -> nodes.Node:
         name = node.name if isinstance(node, nodes.Filter) else getattr(node.node, "attr", None)
@@ -282,7 +301,9 @@ class Template:
         """The text for these variables, which take `size` characters in all, some of which
         `hide` has replaced. Raises VicugnaError for any failure, also of time or memory."""
         with self._lock:
-            self._environment.deadline = time.thread_time() + MAX_SECONDS + size / CHARACTERS
+            self._environment.seconds = MAX_SECONDS + size / CHARACTERS
+            self._environment.seconds_left = self._environment.seconds
+            self._environment.looked = time.thread_time()
             self._environment.loops_left = MAX_LOOPS
             self._environment.max_size = MAX_SIZE + 4 * size
             self._environment.characters_left = MAX_OUTPUTS * (MAX_SIZE + 4 * size)
