@@ -60,3 +60,31 @@ def test_no_matrix_of_all_scores_is_made(span, values):
     with torch.no_grad(), Largest() as seen:
         Dense()(0, q, k, torch.randn(1, T, H, values), span)
     assert seen.elements < T * T / 8
+
+
+class Operations(TorchDispatchMode):
+    """Notes the names of all operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_mixed_precision_goes_by_blocks(packed):
+    """Under autocast RoPE leaves queries and keys in float32, while values are bfloat16."""
+    T = 300
+    torch.manual_seed(0)
+    q, k = torch.randn(2, T, 4, 8), torch.randn(2, T, 2, 8)
+    v = torch.randn(2, T, 2, 8, dtype=torch.bfloat16)
+    lengths = (70, T - 70) if packed else (T,)
+    positions = torch.cat([torch.arange(n) for n in lengths]).expand(2, T)
+    with torch.autocast("cpu", torch.bfloat16), Operations() as seen:
+        got = Dense(positions)(0, q, k, v, Span())
+    assert not any("scaled_dot_product" in name for name in seen.names)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.float(), plain(q, k, v.float(), positions, T), atol=0.03, rtol=0)

@@ -84,8 +84,9 @@ class Dense:
     def _causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention to every earlier position of the document."""
         T = q.shape[2]
-        if q.device.type == "cpu" and q.dtype == torch.bfloat16 and T <= LONGEST_BLOCKED:
-            return self._blocked(q, k, v)
+        if v.device.type == "cpu" and v.dtype == torch.bfloat16 and T <= LONGEST_BLOCKED:
+            # Under autocast what RoPE has turned is float32.
+            return self._blocked(q.to(v.dtype), k.to(v.dtype), v)
         return _masked(q, k, v, None if self.first_BT is None
                        else self._mask(range(T), range(T), Span(), q))
 
