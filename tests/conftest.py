@@ -30,7 +30,8 @@ def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> I
         said = capfd.readouterr()
         return Ended(end.value.code, said.out, said.err)  # type: ignore[arg-type]
 
-    kept = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    kept = [(number, signal.getsignal(number))
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     yield call
     for number, handler in kept:
         signal.signal(number, handler)

@@ -53,7 +53,7 @@ def test_killed_anywhere_it_ends_in_the_same_bytes(tiny: Path, tmp_path: Path) -
 
 
 def test_interrupted_it_says_so(tmp_path: Path) -> None:
-    number = random.choice([signal.SIGINT, signal.SIGTERM])
+    number = random.choice([signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
     folder = tmp_path / "runs" / "tiny"
     process = start(*arguments(folder))
     begun(process)
@@ -62,7 +62,8 @@ def test_interrupted_it_says_so(tmp_path: Path) -> None:
     _, err = process.communicate()
     if process.returncode != 0:  # it may have been done by then
         assert process.returncode == 130 and "Traceback" not in err
-        assert err.endswith("vicugna: interrupted; the same command goes on from here\n")
+        assert err.endswith("vicugna: interrupted. Give the same command again: a run goes on "
+                            "from here\n")
         attempts = Ledger(folder.parent / "ledger.sqlite").attempts()
         assert {a.outcome for a in attempts} <= {"done", "interrupted"}
 

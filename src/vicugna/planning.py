@@ -191,7 +191,7 @@ def subject(what: str) -> Subject:
         raise VicugnaError("no such model, file or folder", what, nearest(wanted, known))
     if path.suffix in (".yaml", ".yml"):
         return _of_recipe(path)
-    if path.suffix == ".gguf" or (path.is_dir() and not (path / "config.json").exists()):
+    if path.suffix.lower() == ".gguf" or (path.is_dir() and not (path / "config.json").exists()):
         return Subject(path.stem, what, checkpoint.survey(path).config)
     path = path / "config.json" if path.is_dir() else path
     file = path.resolve()

@@ -13,7 +13,7 @@ import transformers
 from every import fails
 
 from vicugna import checkpoint, models, tokenizer
-from vicugna.checkpoint import directory, weights
+from vicugna.checkpoint import convert, directory, weights
 from vicugna.errors import VicugnaError
 from vicugna.model import Model
 
@@ -141,6 +141,17 @@ def test_tied_weights_are_one_parameter(folder):
     assert network.lm_head.weight is network.model.embed_tokens.weight
     assert all(parameter.requires_grad for parameter in network.parameters())
     assert not any(tensor.is_meta for tensor in network.state_dict().values())
+
+
+def test_tied_weights_may_be_stored_as_the_head(folder, tmp_path):
+    """As safetensors' own save_model does, which keeps the first name of the two."""
+    tensors, digest = stored(folder), checkpoint.read(folder).digest
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    safetensors.torch.save_file(tensors, folder / weights.SINGLE)
+    assert checkpoint.read(folder).digest == digest
+    convert.convert(folder, tmp_path / "again")
+    assert "lm_head.weight" not in stored(tmp_path / "again")
+    assert checkpoint.read(tmp_path / "again").digest == digest
 
 
 def test_a_tied_head_may_be_stored_if_it_is_equal(folder):

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from vicugna.errors import VicugnaError
 from vicugna.tokenizer import Tokenizer, sandbox
@@ -187,6 +188,10 @@ def with_template(tok: Tokenizer, folder: Path, template: str) -> Tokenizer:
     "{% set s = 'a' * 29000 %}{{ s.join(['a'] * 29000) }}", "{{ 'a' | indent(10**6) }}",
     "{% set s = 'a' * 29000 %}{{ range(999) | map('replace', '1', s) | list | length }}",
     "{% set s = 'a' * 29000 %}{% for i in range(999) %}{{ s }}{% endfor %}",
+    "{{ '{:99}'.format(3) }}", "{{ '{0.real}'.format(3) }}", "{{ '{}{}'.format('a' * 29000, 1) }}",
+    "{{ 'a'.encode() }}", "{{ (3).to_bytes(9) }}", "{% set s = 'a' * 29000 %}{{ s.join(s) }}",
+    "{% set x = ('a' * 14000) | list %}{{ x | max(attribute='0.' * 7000 ~ '0') }}",
+    "{% set x = ('a' * 14000) | list %}{{ x | select('in', range(14000)) | first }}",
     "{% for i in range(9999) %}" + "a" * 1000 + "{% endfor %}", "{{ 1.5 | round(9**9, 'ceil') }}",
 ])
 def test_a_hostile_or_broken_template_is_an_error(tok: Tokenizer, tmp_path: Path,
@@ -216,6 +221,37 @@ def test_a_machine_that_stands_still_is_no_fault_of_the_template(
     monkeypatch.setattr(sandbox, "time", Clock(0.0, sandbox.MAX_SECONDS / 300))
     with pytest.raises(VicugnaError, match="runs for too long"):
         loops.render([USER])
+
+
+LOOKS = ["{% set c = '<think></think>' ~ messages[0].content %}{{ '<think>' in c }}",
+         "{% macro f() %}<none>{% endmacro %}{{ f() == '<none>' }}",
+         "{{ '<think>x</think>y'.split('</think>')[-1] }}",
+         "{{ ('<a>' ~ messages[0].content).replace('<a>', '') }}",
+         "{{ ('<a>' ~ messages[0].content) | replace('<a>', '') }}",
+         "{% set x = '<' %}{{ x in messages[0].content }}",
+         "{{ messages[0].content is eq '<b>' }}{{ messages[0].content in ['<b>'] }}",
+         "{{ messages | selectattr('content', 'equalto', '<b>') | list | length }}",
+         "{{ messages[0].content.split(sep='<') }}", "{{ messages[0].content.strip('<>') }}",
+         "{{ messages[0].content.startswith(('x', '<b')) }}",
+         "{{ messages[0].content.find('<b') }}",
+         "{{ '{}-{0}{a}'.replace('{0}', '').format(messages[0].content, a='<i>') }}",
+         "{{ ','.join(messages[0].content | list) }}"]
+
+
+@pytest.mark.parametrize("template", LOOKS)
+def test_texts_are_compared_and_searched_whoever_wrote_them(tok: Tokenizer, tmp_path: Path,
+                                                            template: str) -> None:
+    """A part of people's text is swapped for another character; a template must not see that."""
+    said = {"messages": [{"role": "user", "content": "<b>"}]}
+    assert (with_template(tok, tmp_path, template).render(said["messages"])
+            == ImmutableSandboxedEnvironment().from_string(template).render(said))
+
+
+def test_a_template_that_looks_back_takes_long_chats(tok: Tokenizer, tmp_path: Path) -> None:
+    back = with_template(tok, tmp_path, "{% for m in messages %}{% set n = namespace(c=0) %}"
+                         "{% for k in messages[:loop.index0] %}{% if k.role == 'user' %}"
+                         "{% set n.c = n.c + 1 %}{% endif %}{% endfor %}{{ n.c }};{% endfor %}")
+    assert back.render([USER, ANSWER] * 400).endswith("399;400;")
 
 
 def test_numbers_of_the_input_may_be_written(tok: Tokenizer, tmp_path: Path) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from kit import batch, network, spec, stopping_at
+from kit import VOCAB, batch, network, spec, stopping_at
 from torch import nn
 
 from vicugna.errors import VicugnaError
@@ -17,7 +18,7 @@ from vicugna.models.layers.moe import MoE
 from vicugna.training import trainer
 from vicugna.training.loss import Objective
 from vicugna.training.parallel import Ranks
-from vicugna.training.trainer import Metrics, WeightedBatch, balance_experts, train
+from vicugna.training.trainer import Metrics, WeightedBatch, balance_experts, padding, train
 
 ALONE = Ranks()
 TIMES = ("tokens_per_second", "mfu")
@@ -134,6 +135,18 @@ def test_a_skipped_step_leaves_the_weights(tmp_path: Path) -> None:
     trainer._step(Objective(net, "fp32"), net, opts, spoilt(0), how, ALONE)
     assert bytes_of(net) == before
     assert all(p.grad is None for p in net.parameters())
+
+
+def test_a_token_without_an_embedding_is_named(tmp_path: Path) -> None:
+    one = batch(0)
+    one.targets_BT[2, 3] = VOCAB
+    with pytest.raises(VicugnaError, match=rf"token {VOCAB}.* vocab_size is {VOCAB}"):
+        train(network(), lambda step: one, spec(), tmp_path, "sft", ALONE)
+
+
+def test_rows_are_filled_with_a_token_that_has_an_embedding() -> None:
+    for pad, due in ((7, 7), (VOCAB, 0)):  # the latter as in many descendants of Llama 2
+        assert padding(SimpleNamespace(pad_id=pad), network()) == due  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("steps", [4, 30])

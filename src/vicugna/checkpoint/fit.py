@@ -7,7 +7,8 @@ config.json alone does not say what the files hold, `meant(config, stored)` corr
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ def parts(network: Any, stored: Mapping[str, Stored], where: str | Path
             for part in those}, extras
 
 
-def _parts(network: Any, state: Mapping[str, Tensor], tied: Collection[str],
+def _parts(network: Any, state: Mapping[str, Tensor], tied: Mapping[str, str],
            stored: Mapping[str, Stored], where: str | Path
            ) -> tuple[dict[str, list[Stored]], dict[str, Stored]]:
     """What each parameter and buffer is made of, in order, and the extra tensors."""
@@ -123,6 +124,9 @@ def _parts(network: Any, state: Mapping[str, Tensor], tied: Collection[str],
     # A tied head may be stored too, and (before transformers 4.31) RoPE's frequencies.
     stored = {name: tensor for name, tensor in stored.items()
               if name not in extras and not name.endswith("rotary_emb.inv_freq")}
+    for name, other in tied.items():  # safetensors' save_model keeps the head of the two
+        if name in stored and other not in stored:
+            stored[other] = replace(stored.pop(name), name=other)
     names: dict[str, list[str]] = {}
     for name, tensor in state.items():
         if name in stored or name not in tied:

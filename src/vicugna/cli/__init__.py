@@ -49,6 +49,8 @@ def main() -> NoReturn:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupted)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+        signal.signal(signal.SIGHUP, interrupted)  # the terminal was closed
     try:
         code = app(standalone_mode=False)
         if code != 130:
@@ -61,7 +63,7 @@ def main() -> NoReturn:
         sys.exit(0)
     except (Exception, KeyboardInterrupt) as error:
         if interrupts:  # an import that was interrupted may raise anything
-            _end("interrupted; the same command goes on from here", 130)
+            _end("interrupted. Give the same command again: a run goes on from here", 130)
         if isinstance(error, OSError):
             _end(str(storage_error(error, error.filename or "a file")), 2)
         format_message = getattr(error, "format_message", None)

@@ -57,7 +57,7 @@ def _facts(found: "Survey", network: Any) -> dict[str, Any]:
 def _dtypes(found: "Survey") -> Counter[str]:
     """The bytes that the files hold of each dtype."""
     sizes: Counter[str] = Counter()
-    if found.folder.suffix == ".gguf":
+    if found.folder.suffix.lower() == ".gguf":
         from vicugna.checkpoint.gguf import KINDS, scan
         names = {kind: name for name, kind in KINDS.items()}
         for entry in scan(found.folder)[1].values():

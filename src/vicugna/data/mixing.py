@@ -81,8 +81,10 @@ class Stream:
 
 
 def open_stream(specs: Sequence[str | dict[str, Any] | SourceSpec], tokenizer: Tokenizer,
-                seq_len: int, seed: int, cache_folder: str | Path, split: str = "train") -> Stream:
-    """A stream of rows of `seq_len` + 1 tokens from a recipe's sources.
+                seq_len: int, seed: int, cache_folder: str | Path, split: str = "train",
+                pad: int | None = None) -> Stream:
+    """A stream of rows of `seq_len` + 1 tokens from a recipe's sources, filled up with `pad`, by
+    default the tokenizer's.
 
     Files are tokenised into `cache_folder` once. `split` is train or dev (every 50th document, and
     the tasks' dev items); a source with too little held out has no share in dev. Raises
@@ -90,10 +92,11 @@ def open_stream(specs: Sequence[str | dict[str, Any] | SourceSpec], tokenizer: T
     """
     sources: list[Rows] = []
     weights = []
+    pad = tokenizer.pad_id if pad is None else pad
     for index, spec in enumerate(parse_specs(specs)):
         own_seed = int(files.digest_of([seed, index])[:12], 16)
         if spec.source.startswith(TASK):
-            rows: Rows = TaskRows(spec, tokenizer, seq_len, own_seed, split)
+            rows: Rows = TaskRows(spec, tokenizer, seq_len, own_seed, split, pad)
         else:
             tokens = open_tokens(spec, tokenizer, Path(cache_folder))
             every = np.arange(len(tokens.offsets) - 1)
@@ -102,7 +105,7 @@ def open_stream(specs: Sequence[str | dict[str, Any] | SourceSpec], tokenizer: T
             enough = lengths.sum() > seq_len if tokens.mask is None else any(lengths <= seq_len + 1)
             if split == "dev" and not enough:
                 continue
-            rows = FileRows(tokens, seq_len, own_seed, tokenizer.pad_id, spec.source, own)
+            rows = FileRows(tokens, seq_len, own_seed, pad, spec.source, own)
         sources.append(rows)
         weights.append(spec.weight)
     if not sources:

@@ -47,8 +47,8 @@ class TaskRows:
     """Row k holds items (k, 0), (k, 1), ... of `split`, until the next does not fit."""
 
     def __init__(self, spec: SourceSpec, tokenizer: Tokenizer, seq_len: int, seed: int,
-                 split: str) -> None:
-        self._spec, self._split, self._tokenizer = spec, split, tokenizer
+                 split: str, pad: int) -> None:
+        self._spec, self._split, self._tokenizer, self._pad = spec, split, tokenizer, pad
         self._seed, self._length = seed, seq_len + 1
         self.digest = files.digest_of([spec.model_dump(exclude={"weight"}), tokenizer.digest])
         least = spec.difficulty.get("length_tokens", 0)
@@ -71,7 +71,7 @@ class TaskRows:
             elif j == _TRIES:
                 raise VicugnaError(f"{_TRIES} items in a row are longer than {self._length} tokens",
                                    self._spec.source, "Make the sequence longer or items easier")
-        return pack(parts, self._length, self._tokenizer.pad_id)
+        return pack(parts, self._length, self._pad)
 
     def _fitted(self, k: int, j: int, room: int) -> tuple[np.ndarray, np.ndarray] | None:
         """Item (k, j) as tokens and loss mask, or None when it takes more than `room`."""

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from functools import wraps
+from string import Formatter
 from typing import Any
 
 import jinja2
@@ -23,6 +24,8 @@ from vicugna.errors import VicugnaError
 
 MAX_SECONDS = 0.3  # of the processor, and another second for every
 CHARACTERS = 100_000  # characters of the input
+MESSAGES = 400  # messages; for many of them a second for the square of their number, up to
+MAX_LOOKING_BACK = 20.0  # seconds
 PAUSES = 25  # between two looks at the clock no more than this part of the time counts
 MAX_LOOPS = 200_000
 MAX_SOURCE = 40_000  # characters of a template; the longest known has 30,000
@@ -30,7 +33,8 @@ MAX_SIZE = 30_000  # of any text, list or number a template builds, beyond 4 tim
 MAX_OUTPUTS = 10  # times that may be written in all: what a macro writes, its caller writes again
 # What pads or repeats without an operator; no chat template needs it.
 _BANNED_FILTERS = ("center", "format", "wordwrap", "pprint", "xmlattr", "urlize", "batch", "slice")
-_BANNED_METHODS = {"ljust", "rjust", "center", "zfill", "expandtabs", "translate"}
+_BANNED_METHODS = {"ljust", "rjust", "center", "zfill", "expandtabs", "translate",
+                   "encode", "to_bytes"}  # bytes have methods of their own
 # What looks for its first argument (or for any) in a text.
 _SEARCHES = {"count", "endswith", "find", "index", "lstrip", "partition", "removeprefix",
              "removesuffix", "replace", "rfind", "rindex", "rpartition", "rsplit", "rstrip",
@@ -62,6 +66,8 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.filters |= {"tojson": self.to_json, "join": self.join, "replace": self.replace,
                          "indent": self.indent, "round": self.round}
         self.filters = {name: self.limited(filter) for name, filter in self.filters.items()}
+        self.tests = {name: self.tested(test)  # type: ignore[arg-type]
+                      for name, test in self.tests.items()}
         self.globals["raise_exception"] = _raise_exception
         self.globals["strftime_now"] = lambda form: datetime.now().strftime(form[:100])
         self.seconds, self.seconds_left, self.looked = 0.0, 0.0, 0.0
@@ -69,8 +75,11 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.characters_left = 0  # to be written
         self.hide: Callable[[str], str] = str
         self.hidden: set[str] = set()  # what `hide` puts in place of other characters
+        self.known: dict[int, int] = {}  # how much the lists of the input hold, by identity
 
+    @property
     def tick(self) -> None:
+        """One more loop; a property, as the sandbox's calls would take most of a loop's time."""
         self.loops_left -= 1
         self.in_time()
 
@@ -105,6 +114,32 @@ class _Environment(ImmutableSandboxedEnvironment):
             return map(self.written, made) if isinstance(made, Iterator) else self.bounded(made)
         return filter
 
+    def tested(self, work: Callable[..., Any]) -> Callable[..., Any]:
+        """A test that only begins in time; of two texts, both in their hidden form."""
+        @wraps(work)
+        def test(*args: Any) -> Any:
+            self.in_time()
+            return work(*map(self.compared, args) if len(args) > 1 else args)
+        return test
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        self.in_time()  # paths of attributes, which filters follow, may be long
+        return super().getitem(obj, argument)
+
+    def compared(self, value: Any) -> Any:
+        """The form in which a text equals people's: hidden, whoever wrote it. Of a list, its
+        items; of an object, its keys."""
+        self.in_time()
+        if not self.hidden:
+            return value
+        if isinstance(value, str):
+            return self.hide(value)
+        if isinstance(value, list | tuple):
+            return type(value)(self.hide(x) if isinstance(x, str) else x for x in value)
+        if isinstance(value, dict):
+            return {self.hide(x) if isinstance(x, str) else x: y for x, y in value.items()}
+        return value
+
     def bounded(self, value: Any, size: float = 0) -> Any:
         """The value itself, or SecurityError when it (or `size`) is too large for a chat. A list
         counts with all that it holds, as often as it holds it: two names of one list cost nothing,
@@ -113,6 +148,10 @@ class _Environment(ImmutableSandboxedEnvironment):
         left, inside = self.max_size - max(size, _size(value)), [value]
         while inside and left >= 0:
             item = inside.pop()
+            known = self.known.get(id(item)) if isinstance(item, list | dict) else None
+            if known is not None:
+                left -= known
+                continue
             left -= len(item) if isinstance(item, str) and item is not value else 1
             if isinstance(item, list | tuple | dict):
                 inside += item
@@ -136,6 +175,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     @pass_eval_context
     def replace(self, context: EvalContext, s: str, old: str, new: str, count: int | None = None
                 ) -> str:
+        s, (old,) = self._sought(s, "replace", old)
         self.bounded(None, str(s).count(str(old)) * _size(new))
         return filters.do_replace(context, s, old, new, count)
 
@@ -161,12 +201,25 @@ class _Environment(ImmutableSandboxedEnvironment):
                       text)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        padding = isinstance(obj, str) and attr in _BANNED_METHODS
-        return not padding and super().is_safe_attribute(obj, attr, value)
+        banned = isinstance(obj, str | int) and attr in _BANNED_METHODS
+        return not banned and super().is_safe_attribute(obj, attr, value)
 
-    def wrap_str_format(self, value: Any) -> None:
-        if super().wrap_str_format(value) is not None:
-            raise SecurityError("it formats text with format")
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """`format` of plain fields alone: {}, {0} or {name}."""
+        if super().wrap_str_format(value) is None:
+            return None
+        text, name = str(value.__self__), value.__name__
+        fields = list(Formatter().parse(text))
+        if name != "format" or any(conversion or spec or not re.fullmatch(r"\w*", field or "")
+                                   for _, field, spec, conversion in fields):
+            raise SecurityError("it formats text with more than plain fields")
+
+        def formatted(*args: Any, **kwargs: Any) -> str:
+            texts, named = list(map(self.text, args)), {k: self.text(v) for k, v in kwargs.items()}
+            longest = max(map(len, [*texts, *named.values()]), default=0)
+            self.bounded(None, len(text) + len(fields) * longest)
+            return text.format(*texts, **named)
+        return formatted
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "%" and isinstance(left, str):
@@ -185,17 +238,30 @@ class _Environment(ImmutableSandboxedEnvironment):
         for arg in args:
             if not isinstance(arg, Namespace):
                 self.bounded(arg)
-        if isinstance(owner, str) and args and name in ("join", "replace"):
-            self._foresee(owner, name, *args)
+        if isinstance(owner, str) and name in _SEARCHES:
+            kwargs = {key: self.compared(item) for key, item in kwargs.items()}
+            owner, args = self._sought(owner, name, *args, *kwargs.values())
+            obj, args = getattr(owner, name), args[:len(args) - len(kwargs)]
+        if isinstance(owner, str) and name == "join" and args:
+            args = (self.bounded(list(args[0])),)
+            self.bounded(None, len(owner) * len(args[0]))
+        if isinstance(owner, str) and name == "replace" and isinstance(args[0], str):
+            self.bounded(None, owner.count(args[0]) * _size(*args[1:2]))
         made = super().call(context, obj, *args, **kwargs)
         return made if isinstance(made, Namespace) else self.bounded(made)
 
-    def _foresee(self, text: str, name: str, *args: Any) -> None:
-        """Raise SecurityError if what the method `name` makes of a text will be too large."""
-        if name == "join" and isinstance(args[0], list | tuple | dict):
-            self.bounded(None, len(text) * len(args[0]))
-        elif name == "replace" and isinstance(args[0], str):
-            self.bounded(None, text.count(args[0]) * _size(*args[1:2]))
+    def _sought(self, text: Any, name: str, *args: Any) -> tuple[Any, tuple[Any, ...]]:
+        """A text, and the arguments of a method that looks for the first of them in it, such that
+        it is found whoever wrote it: in its hidden form."""
+        if not self.hidden or type(text) is not str or not args:
+            return text, args
+        hidden = self.compared(args[0])
+        if isinstance(hidden, str) and name.endswith("strip"):  # any of these characters
+            hidden += args[0]
+        elif hidden:
+            for sought in [args[0]] if isinstance(hidden, str) else hidden:
+                text = text.replace(sought, self.hide(sought))
+        return text, (hidden, *args[1:])
 
 
 def _size(value: Any = None) -> float:
@@ -204,19 +270,29 @@ def _size(value: Any = None) -> float:
     return len(value) if isinstance(value, str | list | tuple | dict) else 0
 
 
+def _measure(value: Any, known: dict[int, int]) -> int:
+    """How much a value of the input holds, as `bounded` counts; every list and object in it is
+    put into `known`."""
+    if not isinstance(value, list | dict):
+        return len(value) if isinstance(value, str) else 1
+    items = [*value, *value.values()] if isinstance(value, dict) else value
+    known[id(value)] = total = 1 + sum(_measure(item, known) for item in items)
+    return total
+
+
 def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
 class _Guard(NodeTransformer):
     """Puts a tick into every loop and macro, makes `~` a sum, which is limited as lists and blocks
-    are, and hides in what a template compares people's text with the `parts` hidden in that."""
+    are, and has texts compared in the form in which the `parts` of people's are hidden."""
 
     def __init__(self, parts: Sequence[str]) -> None:
         self._parts = parts
 
     def visit_For(self, node: nodes.For | nodes.Macro | nodes.CallBlock) -> nodes.Node:
-        node.body.insert(0, nodes.ExprStmt(_own("tick")))
+        node.body.insert(0, nodes.ExprStmt(nodes.EnvironmentAttribute("tick")))
         return self.generic_visit(node)
 
     visit_Macro = visit_CallBlock = visit_For
@@ -240,33 +316,23 @@ class _Guard(NodeTransformer):
         return node
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
-        node.expr = self._hidden(node.expr)
-        for operand in node.ops:
-            operand.expr = self._hidden(operand.expr)
         self.generic_visit(node)
-        quick = all(operand.op in ("eq", "ne") and isinstance(operand.expr, nodes.Const)
-                    for operand in node.ops)
-        return node if quick else _own("timed", node)
+        if len(node.ops) == 1 and (self._plain(node.expr) or self._plain(node.ops[0].expr)):
+            quick = node.ops[0].op in ("eq", "ne")
+            return node if quick else _own("timed", node)
+        node.expr = _own("compared", node.expr)
+        for operand in node.ops:
+            operand.expr = _own("compared", operand.expr)
+        return node
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
         self.generic_visit(node)
         return _own("timed", node) if isinstance(node.arg, nodes.Slice) else node
 
-    def visit_Call(self, node: nodes.Call | nodes.Filter) -> nodes.Node:
-        name = node.name if isinstance(node, nodes.Filter) else getattr(node.node, "attr", None)
-        if name in _SEARCHES:
-            node.args[:1] = map(self._hidden, node.args[:1])
-        return self.generic_visit(node)
-
-    visit_Filter = visit_Call
-
-    def _hidden(self, node: nodes.Expr) -> nodes.Expr:
-        if isinstance(node, nodes.List | nodes.Tuple):
-            node.items = list(map(self._hidden, node.items))
-        if not (isinstance(node, nodes.Const) and isinstance(node.value, str)
-                and any(part in node.value for part in self._parts)):
-            return node
-        return _own("hide", node)
+    def _plain(self, node: nodes.Expr) -> bool:
+        """Whether nothing that a comparison with this constant asks can be hidden."""
+        return isinstance(node, nodes.Const) and not (
+            isinstance(node.value, str) and any(part in node.value for part in self._parts))
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         total: nodes.Expr = nodes.Const("")
@@ -301,10 +367,15 @@ class Template:
         """The text for these variables, which take `size` characters in all, some of which
         `hide` has replaced. Raises VicugnaError for any failure, also of time or memory."""
         with self._lock:
-            self._environment.seconds = MAX_SECONDS + size / CHARACTERS
+            messages = len(variables.get("messages", ()))  # which some templates look back over
+            self._environment.seconds = (MAX_SECONDS + size / CHARACTERS
+                                         + min((messages / MESSAGES)**2, MAX_LOOKING_BACK))
             self._environment.seconds_left = self._environment.seconds
             self._environment.looked = time.thread_time()
-            self._environment.loops_left = MAX_LOOPS
+            self._environment.loops_left = MAX_LOOPS + 10 * size + messages**2
+            self._environment.known = {}
+            for value in variables.values():
+                _measure(value, self._environment.known)
             self._environment.max_size = MAX_SIZE + 4 * size
             self._environment.characters_left = MAX_OUTPUTS * (MAX_SIZE + 4 * size)
             self._environment.hide = hide

@@ -22,7 +22,7 @@ from vicugna.tasks import Item
 from vicugna.tokenizer import Tokenizer
 from vicugna.training.parallel import Ranks
 from vicugna.training.recipe import RlSpec
-from vicugna.training.trainer import WeightedBatch
+from vicugna.training.trainer import WeightedBatch, padding
 
 
 @dataclass
@@ -57,7 +57,7 @@ def rollout(network: nn.Module, tokenizer: Tokenizer, spec: RlSpec, seed: int, s
         sum(rewards), sum(said.finish_reason == "length" for said in completions),
         sum(len(said.tokens) for said in completions), len(answers))
     taught = [a for a in answers if a.advantage != 0] or answers[:1]
-    return batch(taught, tokenizer.pad_id, count, {
+    return batch(taught, padding(tokenizer, network), count, {
         "reward": total / count, "truncated": cut / count, "length": length / count})
 
 

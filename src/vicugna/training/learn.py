@@ -17,7 +17,7 @@ from vicugna.tokenizer import Tokenizer
 from vicugna.training import cost
 from vicugna.training.parallel import Ranks
 from vicugna.training.recipe import TrainSpec
-from vicugna.training.trainer import WeightedBatch, train
+from vicugna.training.trainer import WeightedBatch, padding, train
 
 
 def from_data(network: nn.Module, tokenizer: Tokenizer, spec: TrainSpec, seed: int, folder: Path,
@@ -30,7 +30,8 @@ def from_data(network: nn.Module, tokenizer: Tokenizer, spec: TrainSpec, seed: i
         rows = spec.micro_rows or -(-spec.rows // ranks.world)
         element = 2 if spec.precision == "bf16" else 4
         cost.check_memory(network, rows, spec.sequence_length, element, where)
-    opened = partial(data.open_stream, spec.sources, tokenizer, spec.sequence_length, seed, cache)
+    opened = partial(data.open_stream, spec.sources, tokenizer, spec.sequence_length, seed, cache,
+                     pad=padding(tokenizer, network))
     stream, coming = opened(), None
 
     def batch_of(step: int) -> WeightedBatch:

@@ -19,6 +19,7 @@ from vicugna.errors import VicugnaError
 from vicugna.files import disk_errors, read_text, write_text
 from vicugna.models.counts import IMAGES
 from vicugna.models.layers.moe import Balanced
+from vicugna.tokenizer import Tokenizer
 from vicugna.training import cost, optimisers, parallel, state
 from vicugna.training.loss import Objective
 from vicugna.training.parallel import Ranks
@@ -39,6 +40,13 @@ class WeightedBatch:
         """What an Objective takes, on `device`, of these rows."""
         return [x[rows].to(device) for x in (self.tokens_BT, self.positions_BT, self.targets_BT,
                                              self.weights_BT)]
+
+
+def padding(tokenizer: Tokenizer, network: nn.Module) -> int:
+    """The token that fills rows: the tokenizer's, or 0 if the network has no embedding of it, as
+    when it was added to a tokenizer alone."""
+    config: Any = network.config
+    return tokenizer.pad_id if tokenizer.pad_id < config.vocab_size else 0
 
 
 def train(network: nn.Module, batch_of: Callable[[int], WeightedBatch], spec: StageSpec,
@@ -66,6 +74,7 @@ def train(network: nn.Module, batch_of: Callable[[int], WeightedBatch], spec: St
         for step in range(done["step"], spec.steps):
             start = time.perf_counter()
             batch = batch_of(step)
+            _check_tokens(batch, network, where)
             share = optimisers.factor(spec.optimiser, step, spec.steps)
             for opt in opts:
                 for group in opt.param_groups:
@@ -103,6 +112,16 @@ def train(network: nn.Module, batch_of: Callable[[int], WeightedBatch], spec: St
     return {**{key: done[key] for key in ("tokens", "flops", "skipped")},
             "device_seconds": done["seconds"] * ranks.world,
             "peak_memory_bytes": cost.peak_memory()}
+
+
+def _check_tokens(batch: WeightedBatch, network: nn.Module, where: str) -> None:
+    """Raise VicugnaError for a token without an embedding."""
+    config: Any = network.config
+    most = max(int(batch.tokens_BT.max()), int(batch.targets_BT.max()))
+    if most >= config.vocab_size:
+        raise VicugnaError(f"the data hold token {most}, but the model's vocab_size is "
+                           f"{config.vocab_size}", where, "Use the tokenizer that the checkpoint "
+                           "was made with, or leave out what was added to it")
 
 
 def _step(module: nn.Module, network: nn.Module, opts: list[torch.optim.Optimizer],
