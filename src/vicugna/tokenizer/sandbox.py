@@ -239,9 +239,10 @@ class _Environment(ImmutableSandboxedEnvironment):
             if not isinstance(arg, Namespace):
                 self.bounded(arg)
         if isinstance(owner, str) and name in _SEARCHES:
-            kwargs = {key: self.compared(item) for key, item in kwargs.items()}
-            owner, args = self._sought(owner, name, *args, *kwargs.values())
-            obj, args = getattr(owner, name), args[:len(args) - len(kwargs)]
+            if "sep" in kwargs:
+                args = (kwargs.pop("sep"), *args)
+            owner, args = self._sought(owner, name, *args)
+            obj = getattr(owner, name)
         if isinstance(owner, str) and name == "join" and args:
             args = (self.bounded(list(args[0])),)
             self.bounded(None, len(owner) * len(args[0]))
@@ -258,9 +259,10 @@ class _Environment(ImmutableSandboxedEnvironment):
         hidden = self.compared(args[0])
         if isinstance(hidden, str) and name.endswith("strip"):  # any of these characters
             hidden += args[0]
-        elif hidden:
-            for sought in [args[0]] if isinstance(hidden, str) else hidden:
-                text = text.replace(sought, self.hide(sought))
+        else:
+            for sought in args[0] if isinstance(args[0], tuple) else args[:1]:
+                if isinstance(sought, str) and self.hide(sought) != sought:
+                    text = text.replace(sought, self.hide(sought))
         return text, (hidden, *args[1:])
 
 
