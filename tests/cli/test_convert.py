@@ -137,6 +137,11 @@ def test_what_only_looks_like_a_checkpoint_is_not_replaced(a: Path, tmp_path: Pa
     assert listing(tmp_path / "b") == {name: b"mine"}
 
 
+def test_the_ending_may_be_in_capitals(a: Path, tmp_path: Path, cli: Any) -> None:
+    assert cli("convert", a, tmp_path / "m.GGUF").code == 0
+    assert (tmp_path / "m.GGUF").is_file() and cli("info", tmp_path / "m.GGUF").code == 0
+
+
 def test_a_pipe_is_not_replaced(a: Path, tmp_path: Path, cli: Any) -> None:
     os.mkfifo(tmp_path / "m.gguf")
     ended = cli("convert", a, tmp_path / "m.gguf")

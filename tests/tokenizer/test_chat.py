@@ -232,6 +232,8 @@ LOOKS = ["{% set c = '<think></think>' ~ messages[0].content %}{{ '<think>' in c
          "{{ messages[0].content is eq '<b>' }}{{ messages[0].content in ['<b>'] }}",
          "{{ messages | selectattr('content', 'equalto', '<b>') | list | length }}",
          "{{ messages[0].content.split(sep='<') }}", "{{ messages[0].content.strip('<>') }}",
+         "{{ messages[0] is sameas messages[0] }}{{ messages[0] is sameas {'role': 'user'} }}",
+         "{{ (messages | groupby('role'))[0] == ('user', messages) }}",
          "{{ messages[0].content.split(maxsplit=1) }}{{ '<a>b<c'.split('<', maxsplit=1) }}",
          "{{ messages[0].content.split(none, 1) }}{{ 'x<y'.startswith(()) }}",
          "{{ messages[0].content.startswith(('x', '<b')) }}",

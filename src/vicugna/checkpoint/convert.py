@@ -85,7 +85,7 @@ def convert(source: str | Path, target: str | Path, form: str | None = None,
     Returns what was done. Refused where something would be lost without `lossy`; VicugnaError.
     """
     target = Path(os.path.expanduser(target))
-    form = form or ("gguf" if target.suffix.lower() == ".gguf" else "hf")
+    form = form or ("gguf" if directory.is_gguf(target) else "hf")
     if form not in FORMS:
         raise VicugnaError(f"unknown form {form!r}", "--to", f"Use one of {', '.join(FORMS)}")
     known = [*gguf.KINDS] if form == "gguf" else [*FLOATS]

@@ -99,7 +99,7 @@ def survey(path: str | Path) -> Survey:
     from vicugna.checkpoint import gguf, meta  # which build on this module
     with disk_errors(path):
         folder = _locate(path)
-        if folder.suffix.lower() == ".gguf" and folder.is_file():
+        if is_gguf(folder) and folder.is_file():
             return gguf.survey(folder)
         if original := meta.find(folder):
             return meta.survey(original)
@@ -130,10 +130,15 @@ def read(path: str | Path, dtype: torch.dtype | None = torch.float32,
     return Checkpoint(found.config, network, found.tokenizer, found.generation_config)
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether `path` is called what GGUF files are."""
+    return path.suffix.lower() == ".gguf"
+
+
 def _locate(path: str | Path) -> Path:
     """The local folder of a checkpoint: `path` itself, or a Hub snapshot of the id it names."""
     folder = Path(os.path.expanduser(path))
-    if folder.is_dir() or (folder.suffix.lower() == ".gguf" and folder.is_file()):
+    if folder.is_dir() or (is_gguf(folder) and folder.is_file()):
         return folder
     if folder.exists():
         raise _refusal(folder) if folder.suffix in PICKLES else VicugnaError(

@@ -56,8 +56,9 @@ def _facts(found: "Survey", network: Any) -> dict[str, Any]:
 
 def _dtypes(found: "Survey") -> Counter[str]:
     """The bytes that the files hold of each dtype."""
+    from vicugna.checkpoint.directory import is_gguf
     sizes: Counter[str] = Counter()
-    if found.folder.suffix.lower() == ".gguf":
+    if is_gguf(found.folder):
         from vicugna.checkpoint.gguf import KINDS, scan
         names = {kind: name for name, kind in KINDS.items()}
         for entry in scan(found.folder)[1].values():

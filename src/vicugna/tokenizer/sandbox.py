@@ -24,8 +24,8 @@ from vicugna.errors import VicugnaError
 
 MAX_SECONDS = 0.3  # of the processor, and another second for every
 CHARACTERS = 100_000  # characters of the input
-MESSAGES = 400  # messages; for many of them a second for the square of their number, up to
-MAX_LOOKING_BACK = 20.0  # seconds
+MESSAGES = 400  # messages give another second for looking back from each over all before it,
+MAX_LOOKING_BACK = 20.0  # twice as many four, and so on, up to so many
 PAUSES = 25  # between two looks at the clock no more than this part of the time counts
 MAX_LOOPS = 200_000
 MAX_SOURCE = 40_000  # characters of a template; the longest known has 30,000
@@ -67,7 +67,8 @@ class _Environment(ImmutableSandboxedEnvironment):
                          "indent": self.indent, "round": self.round}
         self.filters = {name: self.limited(filter) for name, filter in self.filters.items()}
         self.tests = {name: self.tested(test)  # type: ignore[arg-type]
-                      for name, test in self.tests.items()}
+                      for name, test in self.tests.items() if name != "sameas"} | {
+                          "sameas": self.tests["sameas"]}  # which asks for the very object
         self.globals["raise_exception"] = _raise_exception
         self.globals["strftime_now"] = lambda form: datetime.now().strftime(form[:100])
         self.seconds, self.seconds_left, self.looked = 0.0, 0.0, 0.0
@@ -115,7 +116,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return filter
 
     def tested(self, work: Callable[..., Any]) -> Callable[..., Any]:
-        """A test that only begins in time; of two texts, both in their hidden form."""
+        """A test that only begins in time; of two values, in the form in which they compare."""
         @wraps(work)
         def test(*args: Any) -> Any:
             self.in_time()
@@ -135,7 +136,8 @@ class _Environment(ImmutableSandboxedEnvironment):
         if isinstance(value, str):
             return self.hide(value)
         if isinstance(value, list | tuple):
-            return type(value)(self.hide(x) if isinstance(x, str) else x for x in value)
+            items = [self.hide(x) if isinstance(x, str) else x for x in value]
+            return items if isinstance(value, list) else tuple(items)
         if isinstance(value, dict):
             return {self.hide(x) if isinstance(x, str) else x: y for x, y in value.items()}
         return value
