@@ -24,8 +24,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 from transformers.utils import logging
 
 from vicugna import models
+from vicugna.distributed import Ranks
 from vicugna.training.cost import flops_per_token, matmul_rate
-from vicugna.training.parallel import Ranks
 from vicugna.training.recipe import OptimiserSpec, StageSpec
 from vicugna.training.trainer import WeightedBatch, train
 

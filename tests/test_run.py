@@ -19,11 +19,12 @@ from lives import RECIPE, arguments, live_of, made_by, start
 
 import vicugna
 from vicugna import run
+from vicugna.distributed import Ranks
 from vicugna.errors import VicugnaError
 from vicugna.files import owned, read_json
-from vicugna.release import Ledger, verify
+from vicugna.ledger import Ledger
+from vicugna.release import verify
 from vicugna.training import cost, learn
-from vicugna.training.parallel import Ranks
 from vicugna.training.recipe import Recipe, read
 
 KILLS = int(os.environ.get("VICUGNA_KILLS", "2"))  # more take minutes

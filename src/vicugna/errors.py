@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class VicugnaError(Exception):
     """An error a user can act on. The CLI prints it as one line and exits with `exit_code`.
@@ -24,3 +27,10 @@ class Refused(VicugnaError):
     """The input was fine and the answer is no: a gate refused or a verification failed."""
 
     exit_code = 1
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """What to do about an unknown `name`: the nearest of `known`, or else all of them."""
+    known = list(known)
+    near = difflib.get_close_matches(str(name), known, 1)
+    return f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}"

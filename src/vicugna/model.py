@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from vicugna import checkpoint, engine
+from vicugna.chat import pictures
 from vicugna.engine import Delta, Sampling
 from vicugna.errors import VicugnaError
 from vicugna.models.layers.attention import Dense
-from vicugna.tokenizer import Tokenizer, images
+from vicugna.tokenizer import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
           "auto": None}
@@ -132,7 +133,7 @@ class Model:
         tokenizer = self._text()
         if isinstance(prompt, str):
             return tokenizer.prompt(prompt), None
-        return images.read(tokenizer, prompt, self.config)
+        return pictures.read(tokenizer, prompt, self.config)
 
     def save(self, folder: str | Path) -> None:
         """Write a Hugging Face directory, whole or not at all; loading it gives this digest."""

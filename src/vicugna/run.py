@@ -7,9 +7,8 @@ A stage is done when its stage.json is there, and is not run again while the dig
 stays the same. What an edited recipe makes obsolete is moved aside, never deleted.
 """
 
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,17 +17,20 @@ import torch
 import yaml
 
 import vicugna
-from vicugna import checkpoint, data, evals, files, models, progress, tasks, tokenizer
+from vicugna import checkpoint, data, evals, files, tasks, tokenizer
 from vicugna.data.sources import HUB, STDLIB, TASK, content_digest, paths
+from vicugna.distributed import Ranks
 from vicugna.errors import VicugnaError
+from vicugna.evals.evaluate import evaluate
 from vicugna.evals.plan import grid
+from vicugna.ledger import Ledger, code_version, recorded
+from vicugna.memory import peak_memory
 from vicugna.model import Model
-from vicugna.release import About, Ledger, make_release
+from vicugna.release import About, make_release
 from vicugna.release.report import write_report
-from vicugna.training import cost, grpo, learn
-from vicugna.training.parallel import Ranks
+from vicugna.training import grpo, learn
+from vicugna.training import stage as training
 from vicugna.training.recipe import STAGES, Recipe
-from vicugna.training.trainer import train
 
 FORMAT = 1
 TRAINED = ("pretrain", "sft", "rl")
@@ -148,7 +150,7 @@ def _live_stage(run: Run, stage: str, say: Callable[[str], None]) -> None:
                                       data_digest, parents, str(run.folder.resolve()))
     run.ranks.wait()
     say(f"{stage}: begins")
-    with _recorded(run.ledger, attempt, run.folder):
+    with recorded(run.ledger, attempt, run.folder):
         digest, spent = (WORK[stage](run, place) if stage in TRAINED or run.ranks.first
                          else ("", {}))  # the first rank alone does the rest
         if run.ranks.first:
@@ -156,24 +158,6 @@ def _live_stage(run: Run, stage: str, say: Callable[[str], None]) -> None:
                 run.ledger.close(attempt, "done", spent, {"digest": digest})
             done = {"stage": stage, "inputs": inputs, "cost": spent, "output": digest}
             files.write_json(place / "stage.json", {**done, "attempt": attempt})
-
-
-@contextmanager
-def _recorded(ledger: Ledger, attempt: str, folder: Path) -> Iterator[None]:
-    """Close the attempt, if there is one, when the block fails; say what to do without memory."""
-    try:
-        yield
-    except BaseException as error:
-        with suppress(VicugnaError):  # it may be closed already, or its disk be full
-            if attempt:
-                ledger.close(attempt, "failed" if isinstance(error, Exception) else "interrupted",
-                             {"peak_memory_bytes": cost.peak_memory()}, {"error": str(error)[:500]})
-        memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if memory or "allocate memory" in str(error):
-            raise VicugnaError(
-                "memory ran out", str(folder), "Halve micro_rows (rows, when it is not set) or "
-                "sequence_length; in rl, prompts; in eval, batch") from error
-        raise
 
 
 def _clear(place: Path, inputs: str, say: Callable[[str], None]) -> None:
@@ -187,13 +171,6 @@ def _clear(place: Path, inputs: str, say: Callable[[str], None]) -> None:
         say(f"{place.name}: its inputs changed; the old one is kept as {aside.name}")
     place.mkdir(parents=True, exist_ok=True)
     files.sweep_temporaries(place)
-
-
-def code_version() -> str:
-    """The package's version and the digest of its source files."""
-    root = Path(vicugna.__file__).parent
-    digests = {str(path.relative_to(root)): files.digest_file(path) for path in root.rglob("*.py")}
-    return f"{vicugna.__version__}+{files.digest_of(digests)[:12]}"
 
 
 def _inputs(run: Run, stage: str) -> tuple[str, str, list[str]]:
@@ -253,7 +230,7 @@ def _make_tokenizer(run: Run, place: Path) -> Made:
                                spec.vocab_size)
     with files.replacing_folder(place / "checkpoint") as folder:
         made.save(folder)
-    return made.digest, {"peak_memory_bytes": cost.peak_memory()}
+    return made.digest, {"peak_memory_bytes": peak_memory()}
 
 
 def _load(run: Run, stage: str) -> Model:
@@ -266,37 +243,13 @@ def _load(run: Run, stage: str) -> Model:
     return model
 
 
-def _start(run: Run, stage: str) -> Model:
-    """The model that a training stage starts from."""
-    earlier, spec = run.before(stage), run.recipe.model
-    if earlier is not None:
-        return _load(run, earlier)
-    if spec.start is not None:
-        return vicugna.load(spec.start)
-    tok = _tokenizer(run)
-    config = spec.config(tok.vocab_size)
-    if run.ranks.device.type == "cpu":
-        cost.check_size(config)
-    network = models.build(config)
-    models.initialise(network, run.recipe.seed)
-    return Model(network, tok)
-
-
 def _train(run: Run, place: Path) -> Made:
-    stage = place.name.split("-", 1)[1]
-    model, spec, seed = _start(run, stage), getattr(run.recipe, stage), run.recipe.seed
-    network, tok = model.network, model.tokenizer
-    assert tok is not None
-    if stage == "rl":
-        spent = train(network, lambda step: grpo.rollout(network, tok, spec, seed, step, run.ranks),
-                      spec, place, stage, run.ranks)
-    else:
-        spent = learn.from_data(network, tok, spec, seed, place, run.folder / "tokens", stage,
-                                run.ranks)
-    model = Model(learn.whole(network), tok, model.generation_config)
-    if run.ranks.first:
-        model.save(place / "checkpoint")
-    return model.digest if run.ranks.first else "", spent
+    stage, recipe = place.name.split("-", 1)[1], run.recipe
+    earlier = run.before(stage)
+    model = (_load(run, earlier) if earlier is not None else
+             training.start(recipe.model, _tokenizer(run), recipe.seed, run.ranks))
+    return training.train_stage(model, getattr(recipe, stage), recipe.seed, place,
+                                run.folder / "tokens", stage, run.ranks)
 
 
 def _evaluated(run: Run) -> list[str]:
@@ -323,30 +276,7 @@ def _evaluate(run: Run, place: Path) -> Made:
                                 run.recipe.digest, str(run.folder.resolve())).digest)
     made = [one.cost for one in run.ledger.attempts() if one.result.get("digest") in digests]
     spent = {k: sum(c.get(k, 0) for c in made) for k in ("tokens", "flops", "device_seconds")}
-    return files.digest_of(digests), {**spent, "peak_memory_bytes": cost.peak_memory()}
-
-
-def evaluate(model: Model, plan: list[evals.PlannedItem], batch: int, folder: Path,
-             ledger: Ledger, recipe_digest: str, where: str, own_tasks: Any = None
-             ) -> evals.Results:
-    """Run a planned evaluation into `folder`, entered in the ledger before its first token."""
-    planned, title = evals.plan_digest(plan), f"eval {folder.name}"
-    if (folder / "results.json").exists():
-        old = evals.read_results(folder)[0]
-        entered = {attempt.result.get("digest") for attempt in ledger.attempts()}
-        if (old.model_digest, old.plan_digest) == (model.digest, planned) and old.digest in entered:
-            return old
-    attempt = ledger.open("eval", "research", recipe_digest, code_version(), planned,
-                          [model.digest], where)
-    begun = time.monotonic()
-    with _recorded(ledger, attempt, folder), progress.bar(title, len(plan)) as report:
-        results = evals.run(model, plan, folder, batch_size=batch, own_tasks=own_tasks,
-                            progress=lambda done, total: report(done, ""))
-    ledger.close(attempt, "done", {
-        "tokens": results.tokens, "device_seconds": time.monotonic() - begun,
-        "flops": results.tokens * cost.flops_per_token(model.network, 1) / 3,
-        "peak_memory_bytes": cost.peak_memory()}, {"digest": results.digest})
-    return results
+    return files.digest_of(digests), {**spent, "peak_memory_bytes": peak_memory()}
 
 
 def _release(run: Run, place: Path) -> Made:
@@ -355,7 +285,7 @@ def _release(run: Run, place: Path) -> Made:
     about = About(spec.name, spec.summary, list(spec.limits), spec.licence)
     manifest = make_release(run.place(final) / "checkpoint", [run.place("eval") / final],
                             run.ledger, run.folder / "recipe.yaml", place / "release", about)
-    return manifest["release_digest"], {"peak_memory_bytes": cost.peak_memory()}
+    return manifest["release_digest"], {"peak_memory_bytes": peak_memory()}
 
 
 WORK: dict[str, Callable[[Run, Path], Made]] = {

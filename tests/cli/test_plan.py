@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from vicugna import models, planning
+from vicugna import models
+from vicugna.cli import planning
 
 GB = 1e9
 

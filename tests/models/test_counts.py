@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vicugna import models, planning
+from vicugna import models
+from vicugna.cli import planning
 from vicugna.engine.cache import Cache
 from vicugna.errors import VicugnaError
 from vicugna.models import counts

@@ -10,11 +10,11 @@ from torch.testing import assert_close
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from vicugna import models
+from vicugna.distributed import Ranks
 from vicugna.models.layers import moe
 from vicugna.models.layers.attention import Dense
 from vicugna.models.layers.moe import Balanced, Experts, MoE, Router, balance_loss, listening
 from vicugna.training.loss import Objective
-from vicugna.training.parallel import Ranks
 from vicugna.training.trainer import balance_experts
 
 

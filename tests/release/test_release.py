@@ -15,7 +15,8 @@ import torch
 from vicugna import checkpoint, evals, models, tokenizer
 from vicugna.errors import Refused, VicugnaError
 from vicugna.files import canonical, digest_file, digest_of, read_json, write_json
-from vicugna.release import About, Ledger, make_release, verify
+from vicugna.ledger import Ledger
+from vicugna.release import About, make_release, verify
 from vicugna.release.contents import Contents, card, files_in, manifest
 
 SPECS = [{"group": "needle", "task": "retrieval.single", "n": 10, "difficulty": {"length": 200},

@@ -19,7 +19,7 @@ from vicugna.engine import Sampling
 from vicugna.errors import VicugnaError
 from vicugna.evals.runner import Reply, make
 from vicugna.files import digest_of, write_json
-from vicugna.release import Ledger
+from vicugna.ledger import Ledger
 from vicugna.release.report import write_report
 
 HOSTILE = "</pre><script>alert(1)</script><img src=http://evil.example onerror=x> $\\frac$ \x00"

@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from live_server import tiny_tokenizer
 
+from vicugna.chat.replies import ReasoningSplitter
 from vicugna.errors import VicugnaError
 from vicugna.server import worker
 from vicugna.server.listen import bind, check_exposure
 from vicugna.server.protocol import ApiError
-from vicugna.server.reply import ReasoningSplitter
 from vicugna.server.worker import Worker
 
 TOKENIZER = tiny_tokenizer()

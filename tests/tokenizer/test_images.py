@@ -20,8 +20,9 @@ from pictures import FEATURES, SIDE, encoded, picture, url, user
 from PIL import Image
 from transformers.image_utils import load_image
 
+from vicugna.chat import pictures as images
 from vicugna.errors import VicugnaError
-from vicugna.tokenizer import Tokenizer, images
+from vicugna.tokenizer import Tokenizer
 from vicugna.tokenizer.settings import ImageSettings
 
 EYES = SimpleNamespace(image_size=SIDE, features=FEATURES)

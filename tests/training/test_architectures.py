@@ -10,9 +10,9 @@ import pytest
 import torch
 from kit import VOCAB, batch, network, spec
 
+from vicugna.distributed import Ranks
 from vicugna.models.layers.moe import Balanced
 from vicugna.training import cost
-from vicugna.training.parallel import Ranks
 from vicugna.training.trainer import train
 
 KINDS: dict[str, dict[str, Any]] = {

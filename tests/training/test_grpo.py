@@ -12,6 +12,7 @@ from kit import network, stopping_at
 from torch import nn
 
 from vicugna import tokenizer
+from vicugna.distributed import Ranks
 from vicugna.engine import Completion
 from vicugna.errors import VicugnaError
 from vicugna.models.layers.attention import Dense
@@ -19,7 +20,6 @@ from vicugna.tasks import split_of
 from vicugna.training import grpo
 from vicugna.training.grpo import Answer, batch, questions, rollout
 from vicugna.training.loss import Objective
-from vicugna.training.parallel import Ranks
 from vicugna.training.recipe import RlSpec
 from vicugna.training.trainer import train
 

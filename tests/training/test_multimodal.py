@@ -7,8 +7,8 @@ import torch
 from kit import batch, network, spec, stopping_at
 
 from vicugna import models
+from vicugna.distributed import Ranks
 from vicugna.models.counts import IMAGES
-from vicugna.training.parallel import Ranks
 from vicugna.training.trainer import train
 
 EYES = {"hidden_size": 8, "intermediate_size": 32, "num_hidden_layers": 1,

@@ -13,11 +13,11 @@ import torch
 from kit import VOCAB, batch, network, spec, stopping_at
 from torch import nn
 
+from vicugna.distributed import Ranks
 from vicugna.errors import VicugnaError
 from vicugna.models.layers.moe import MoE
 from vicugna.training import trainer
 from vicugna.training.loss import Objective
-from vicugna.training.parallel import Ranks
 from vicugna.training.trainer import Metrics, WeightedBatch, balance_experts, padding, train
 
 ALONE = Ranks()

@@ -18,9 +18,9 @@ from torch import nn
 
 from vicugna import tokenizer
 from vicugna.checkpoint import digest
+from vicugna.distributed import Ranks, process_group
 from vicugna.files import write_json
 from vicugna.training import cost, grpo, learn
-from vicugna.training.parallel import Ranks, process_group
 from vicugna.training.recipe import RlSpec
 from vicugna.training.trainer import train
 

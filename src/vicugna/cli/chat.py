@@ -105,7 +105,7 @@ def _obey(conversation: Chat, text: str, as_json: bool = False) -> None:
 
 def _answer(chat: Chat, text: str, as_json: bool) -> None:
     """Print one answer: as it comes (reasoning only on a terminal), or at its end as JSON."""
-    from vicugna.server.reply import read_chat, reply
+    from vicugna.chat.replies import read_chat, reply
 
     system = [{"role": "system", "content": chat.system}] if chat.system else []
     user = {"role": "user", "content": text}

@@ -30,8 +30,8 @@ def evaluate(
                            "For example --recipe recipes/speedrun.yaml")
     import vicugna
     from vicugna import evals, files
-    from vicugna.release import Ledger
-    from vicugna.run import evaluate as run_evaluation
+    from vicugna.evals.evaluate import evaluate as run_evaluation
+    from vicugna.ledger import Ledger
     from vicugna.training.recipe import read
 
     loaded = vicugna.load(model, dtype, device)

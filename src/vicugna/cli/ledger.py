@@ -16,7 +16,7 @@ def ledger(
     as_json: output.Json = False,
 ) -> None:
     """List all attempts, with lineage, cost and outcome; exit 1 if the chain is broken."""
-    from vicugna.release import Ledger
+    from vicugna.ledger import Ledger
 
     path = workspace / "ledger.sqlite"
     if not path.exists():

@@ -9,7 +9,7 @@ import typer
 from vicugna.cli import output
 
 if TYPE_CHECKING:
-    from vicugna.planning import Plan, Subject
+    from vicugna.cli.planning import Plan, Subject
 
 
 def plan(
@@ -38,7 +38,7 @@ def plan(
     prompt or to train; to write, the longer of FLOPs / peak and bytes read /
     bandwidth; peaks times --utilisation. No traffic between GPUs is counted.
     """
-    from vicugna import planning
+    from vicugna.cli import planning
 
     subject = planning.subject(model)
     length = context or min(8192, subject.context or 8192)
@@ -52,7 +52,7 @@ def plan(
 
 
 def _show(subject: "Subject", made: "Plan") -> None:
-    from vicugna.planning import LENGTHS, WEIGHT_BYTES
+    from vicugna.cli.planning import LENGTHS, WEIGHT_BYTES
 
     counts, gpu = made.counts, made.gpu.name
     forward = counts.flops(made.context)

@@ -14,9 +14,9 @@ def release(
     as_json: output.Json = False,
 ) -> None:
     """Make the release of a finished RUN; refused (exit 1) when its evidence does not hold."""
+    from vicugna.distributed import Ranks
     from vicugna.files import read_json
     from vicugna.run import live
-    from vicugna.training.parallel import Ranks
     from vicugna.training.recipe import ReleaseSpec, read
 
     if not (run / "recipe.yaml").exists():

@@ -29,8 +29,8 @@ def train(recipe: RecipeArgument,
 def _live(path: Path, settings: list[str] | None, out: Path | None, stage: str | None,
           as_json: bool) -> None:
     from vicugna import evals
+    from vicugna.distributed import process_group
     from vicugna.run import live
-    from vicugna.training.parallel import process_group
     from vicugna.training.recipe import read
 
     recipe = read(path, settings or [])

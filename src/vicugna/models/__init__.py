@@ -1,6 +1,5 @@
 """The networks, one file per architecture, each named after its Hugging Face `model_type`."""
 
-import difflib
 import math
 from collections.abc import Mapping
 from importlib import import_module
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vicugna.errors import VicugnaError
+from vicugna.errors import VicugnaError, did_you_mean
 
 # model_type -> the file that defines it.
 ARCHITECTURES = {name: name for name in (
@@ -23,9 +22,7 @@ def architecture(model_type: str | None) -> ModuleType:
     if isinstance(model_type, str) and model_type in ARCHITECTURES:
         return import_module(f"vicugna.models.{ARCHITECTURES[model_type]}")
     what = "missing model_type" if model_type is None else f"unknown model_type {model_type!r}"
-    near = difflib.get_close_matches(str(model_type), ARCHITECTURES, 1)
-    raise VicugnaError(what, "config.json", f"Did you mean {near[0]!r}?" if near else
-                       f"Known: {', '.join(ARCHITECTURES)}")
+    raise VicugnaError(what, "config.json", did_you_mean(model_type, ARCHITECTURES))
 
 
 def build(config: Mapping[str, Any]) -> nn.Module:

@@ -14,7 +14,7 @@ from vicugna.checkpoint import Checkpoint
 from vicugna.errors import VicugnaError
 from vicugna.evals import Results, read_results
 from vicugna.files import digest_file, digest_of, read_json
-from vicugna.release.ledger import Attempt, attempts_in, lineage
+from vicugna.ledger import Attempt, attempts_in, lineage
 
 MANIFEST = "manifest.json"
 WEAK = 0.5  # rows below this accuracy are listed as weaknesses

@@ -10,8 +10,8 @@ from typing import Any
 from vicugna.errors import Refused, VicugnaError
 from vicugna.evals import read_results
 from vicugna.files import canonical, replacing_folder, write_json, write_text
+from vicugna.ledger import Ledger, attempts_in, lineage
 from vicugna.release.contents import MANIFEST, About, Contents, card, manifest
-from vicugna.release.ledger import Ledger, attempts_in, lineage
 from vicugna.release.verify import evaluating, verify
 
 MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json",

@@ -25,7 +25,7 @@ from vicugna.errors import VicugnaError
 from vicugna.evals import PlannedItem, Results, Row, read_results
 from vicugna.evals.runner import make
 from vicugna.files import read_json, storage_error, write_text
-from vicugna.release.ledger import Ledger
+from vicugna.ledger import Ledger
 
 STAGE = re.compile(r"\d\d-(tokenizer|pretrain|sft|rl|eval|release)")
 ORDER = ("pretrain", "sft", "rl")  # how checkpoints follow from each other

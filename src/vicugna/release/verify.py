@@ -17,8 +17,8 @@ from vicugna.errors import Refused, VicugnaError
 from vicugna.evals import PlannedItem, Results
 from vicugna.evals.plan import slices
 from vicugna.evals.runner import Local, Reply, ask, judge, make
+from vicugna.ledger import Attempt, intact, lineage
 from vicugna.release.contents import Contents, card, files_in, manifest, read_manifest
-from vicugna.release.ledger import Attempt, intact, lineage
 
 ELSEWHERE = 0.95  # share of sampled outcomes that must agree on another kind of machine
 Progress = Callable[[int, int], None]

@@ -19,11 +19,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from torch import Tensor
 
+from vicugna.chat.replies import ContextExceeded, read_chat, reply, tokenizer_of
 from vicugna.errors import VicugnaError
 from vicugna.model import Model
 from vicugna.server.guard import Guard
 from vicugna.server.protocol import ApiError, ChatRequest, parse, token_logprobs
-from vicugna.server.reply import ContextExceeded, read_chat, reply, tokenizer_of
 from vicugna.server.worker import Worker
 
 MAX_BODY_BYTES = 10_000_000

@@ -16,11 +16,11 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 
 from vicugna import files
+from vicugna.chat.sandbox import Template
+from vicugna.chat.template import ROLES, TEMPLATE, Message, Renderer, breaking
 from vicugna.errors import VicugnaError
 from vicugna.tokenizer import limits, model_file, settings
-from vicugna.tokenizer.chat import ROLES, TEMPLATE, Message, Renderer, breaking
 from vicugna.tokenizer.model_file import BYTES, panics_caught
-from vicugna.tokenizer.sandbox import Template
 from vicugna.tokenizer.settings import ImageSettings, Settings
 
 # The first that is there is read.

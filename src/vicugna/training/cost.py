@@ -1,19 +1,15 @@
 """What training costs: FLOPs, memory, and the rate this machine can reach."""
 
-import ctypes
 import json
-import resource
-import sys
 import timeit
-from contextlib import suppress
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from vicugna.errors import VicugnaError
+from vicugna.memory import available_memory
 from vicugna.models.counts import Counts, count
 
 
@@ -34,31 +30,6 @@ def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
     a, b = (torch.randn(rows, 2048, device=device).to(dtype) for rows in (1024, 2048))
     seconds = timeit.repeat(lambda: (a @ b).sum().item(), number=1, repeat=5)
     return 2.0 * 1024 * 2048 * 2048 / min(seconds)
-
-
-def peak_memory() -> int:
-    """Largest resident size of this process so far, bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def return_memory() -> None:
-    """Give memory that was freed back to the system, where the C library can (glibc). Tensors of
-    ever-changing sizes otherwise leave holes that grow to several times what is in use."""
-    with suppress(AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def available_memory() -> int:
-    """Bytes this process can still use, by the kernel's estimate and the container's limit."""
-    free = sys.maxsize
-    with suppress(OSError, StopIteration, ValueError):  # not Linux, or no limit ("max")
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable"))
-        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text())
-                       for name in ("max", "current"))
-        free = min(free, limit - used)
-    return free
 
 
 def training_memory(network: nn.Module, rows: int, length: int, element: int) -> int:

@@ -15,12 +15,12 @@ from vicugna import engine, tasks
 from vicugna.data import IGNORED, SourceSpec, draw_item
 from vicugna.data.mixing import schedule
 from vicugna.data.packing import collate, pack
+from vicugna.distributed import Ranks
 from vicugna.engine import Completion, Sampling
 from vicugna.errors import VicugnaError
 from vicugna.files import digest_of
 from vicugna.tasks import Item
 from vicugna.tokenizer import Tokenizer
-from vicugna.training.parallel import Ranks
 from vicugna.training.recipe import RlSpec
 from vicugna.training.trainer import WeightedBatch, padding
 

@@ -12,10 +12,10 @@ from torch.distributed.tensor import DTensor
 
 from vicugna import data, models
 from vicugna.data import IGNORED, Batch, Stream
+from vicugna.distributed import Ranks
 from vicugna.errors import VicugnaError
 from vicugna.tokenizer import Tokenizer
 from vicugna.training import cost
-from vicugna.training.parallel import Ranks
 from vicugna.training.recipe import TrainSpec
 from vicugna.training.trainer import WeightedBatch, padding, train
 

@@ -1,64 +1,14 @@
-"""One process or many: the process group of torchrun, and wrapping a module for it."""
-
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from datetime import timedelta
+"""Wrapping a module for many processes: DDP, or FSDP2."""
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from vicugna.distributed import Ranks
 from vicugna.errors import VicugnaError
 from vicugna.training.loss import Objective
 from vicugna.training.recipe import StageSpec
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """This process among those of the run, and the device it computes on."""
-    rank: int = 0
-    world: int = 1
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-
-    @property
-    def first(self) -> bool:
-        """Whether this process is the one that writes."""
-        return self.rank == 0
-
-    def wait(self) -> None:
-        """Go on when every rank is here."""
-        if self.world > 1:
-            dist.barrier()
-
-    def total(self, *values: float) -> list[float]:
-        """The sum over all ranks of each value (float64)."""
-        if self.world == 1:
-            return list(values)
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor)
-        return tensor.tolist()
-
-
-@contextmanager
-def process_group() -> Iterator[Ranks]:
-    """Join the group that torchrun describes in the environment; alone, a group of one."""
-    cuda = torch.cuda.is_available()
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
-    if "WORLD_SIZE" not in os.environ:
-        yield Ranks(device=device)
-        return
-    if cuda:
-        torch.cuda.set_device(device)
-    # The others wait while the first rank evaluates; torchrun ends them when one dies.
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=7))
-    try:
-        yield Ranks(dist.get_rank(), dist.get_world_size(), device)
-    finally:
-        dist.destroy_process_group()
 
 
 def wrap(objective: Objective, spec: StageSpec, ranks: Ranks) -> nn.Module:

@@ -1,6 +1,5 @@
 """Recipes: a model's whole life as YAML, checked before anything runs."""
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -10,7 +9,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from vicugna import models
 from vicugna.data import SourceSpec
-from vicugna.errors import VicugnaError
+from vicugna.errors import VicugnaError, did_you_mean
 from vicugna.files import digest_of, read_text
 
 STAGES = ("tokenizer", "pretrain", "sft", "rl", "eval", "release")
@@ -222,6 +221,4 @@ def _nearest(location: Sequence[str | int]) -> str:
         if part in kind.model_fields:  # and not a number in a list
             kind = kind.model_fields[part].annotation
             kind = next(k for k in (kind, *get_args(kind)) if hasattr(k, "model_fields"))
-    names = list(kind.model_fields)
-    near = difflib.get_close_matches(str(location[-1]), names, 1)
-    return f"Did you mean {near[0]!r}?" if near else f"Known keys: {', '.join(names)}"
+    return did_you_mean(location[-1], kind.model_fields)

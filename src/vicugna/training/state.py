@@ -15,9 +15,9 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+from vicugna.distributed import Ranks
 from vicugna.errors import VicugnaError
 from vicugna.files import replacing_folder, storage_error, sweep_temporaries
-from vicugna.training.parallel import Ranks
 
 STATE = "state"
 BEGINNING = {"step": 0, "skipped": 0, "bad": 0, "tokens": 0, "seconds": 0.0, "flops": 0.0}

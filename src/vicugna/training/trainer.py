@@ -15,14 +15,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from vicugna import progress
+from vicugna.distributed import Ranks
 from vicugna.errors import VicugnaError
 from vicugna.files import disk_errors, read_text, write_text
+from vicugna.memory import peak_memory, return_memory
 from vicugna.models.counts import IMAGES
 from vicugna.models.layers.moe import Balanced
 from vicugna.tokenizer import Tokenizer
 from vicugna.training import cost, optimisers, parallel, state
 from vicugna.training.loss import Objective
-from vicugna.training.parallel import Ranks
 from vicugna.training.recipe import StageSpec
 
 
@@ -103,7 +104,7 @@ def train(network: nn.Module, batch_of: Callable[[int], WeightedBatch], spec: St
                 metrics.write(row)
             report(step + 1, f"loss {loss:.3f}, {tokens / seconds:.0f} tok/s, {row['mfu']:.0%} MFU")
             if step % 50 == 49:
-                cost.return_memory()
+                return_memory()
             if (step + 1) % spec.checkpoint_every == 0 and step + 1 < spec.steps:
                 state.save(folder, module, opts, done, ranks)
     if metrics:
@@ -111,7 +112,7 @@ def train(network: nn.Module, batch_of: Callable[[int], WeightedBatch], spec: St
     network.eval()
     return {**{key: done[key] for key in ("tokens", "flops", "skipped")},
             "device_seconds": done["seconds"] * ranks.world,
-            "peak_memory_bytes": cost.peak_memory()}
+            "peak_memory_bytes": peak_memory()}
 
 
 def _check_tokens(batch: WeightedBatch, network: nn.Module, where: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from vicugna.errors import VicugnaError
 from vicugna.files import canonical, digest_of
-from vicugna.release import Ledger, lineage
+from vicugna.ledger import Ledger, lineage
 
 COST = {"flops": 1e12, "device_seconds": 3.5, "tokens": 1000, "peak_memory_bytes": 10**9}
 

@@ -5,8 +5,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from vicugna.chat.sandbox import Template
 from vicugna.errors import VicugnaError
-from vicugna.tokenizer.sandbox import Template
 
 Message = dict[str, Any]
 ROLES = ("system", "user", "assistant", "tool")

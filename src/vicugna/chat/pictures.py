@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from vicugna.chat.template import Message, check_messages, image_parts
 from vicugna.errors import VicugnaError
 from vicugna.tokenizer.bpe import Tokenizer
-from vicugna.tokenizer.chat import Message, check_messages, image_parts
 from vicugna.tokenizer.settings import PROCESSORS, ImageSettings
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP")

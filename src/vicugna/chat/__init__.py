@@ -1,0 +1,1 @@
+"""Chats: templates, the parsing of replies, and pictures."""

@@ -1,0 +1,32 @@
+"""Memory: how much this process has used, and how much it can still use."""
+
+import ctypes
+import resource
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def return_memory() -> None:
+    """Give memory that was freed back to the system, where the C library can (glibc). Tensors of
+    ever-changing sizes otherwise leave holes that grow to several times what is in use."""
+    with suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def available_memory() -> int:
+    """Bytes this process can still use, by the kernel's estimate and the container's limit."""
+    free = sys.maxsize
+    with suppress(OSError, StopIteration, ValueError):  # not Linux, or no limit ("max")
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable"))
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text())
+                       for name in ("max", "current"))
+        free = min(free, limit - used)
+    return free
