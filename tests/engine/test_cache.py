@@ -85,19 +85,19 @@ def test_window_layers_forget_and_global_ones_do_not():
         attend(0, x, x, x, Span(8))
         attend(1, x, x, x, Span())
         rows = torch.randn(1, T, 6)
-        assert attend.before(0, rows, 3).shape == (1, 3, 6)
+        assert attend.conv_state(0, rows, 3).shape == (1, 3, 6)
     windowed, whole = attend._stores[0].kept[0], attend._stores[1].kept[0]
     assert windowed.shape[2] <= 8 + 1 + cache._SPARE
     assert 1400 <= whole.shape[2] <= 1400 + cache._SPARE
-    assert attend._rows[0].untyped_storage().nbytes() == 3 * 6 * 4
+    assert attend._conv_states[0].untyped_storage().nbytes() == 3 * 6 * 4
 
 
-def test_before_gives_the_rows_just_before():
+def test_conv_state_is_the_preceding_rows():
     attend, x = Cache([0, 0]), torch.randn(2, 10, 3)
-    assert not attend.before(0, x[:, :1], 2).any()
-    assert torch.equal(attend.before(0, x[:, 1:2], 2)[:, 1], x[:, 0])
-    assert torch.equal(attend.before(0, x[:, 2:9], 2), x[:, :2])
-    assert torch.equal(attend.before(0, x[:, 9:], 2), x[:, 7:9])
+    assert not attend.conv_state(0, x[:, :1], 2).any()
+    assert torch.equal(attend.conv_state(0, x[:, 1:2], 2)[:, 1], x[:, 0])
+    assert torch.equal(attend.conv_state(0, x[:, 2:9], 2), x[:, :2])
+    assert torch.equal(attend.conv_state(0, x[:, 9:], 2), x[:, 7:9])
 
 
 def test_no_query_sees_nothing():

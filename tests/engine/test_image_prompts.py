@@ -83,14 +83,15 @@ def test_a_batch_says_what_each_prompt_does_alone(network: Any, chunk: int,
         assert [token for step in steps for token in step.tokens] == expected
 
 
-def test_images_are_seen_once(network: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_encoded_once(network: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MODULE, "_CHUNK", 16)
-    seen: list[int] = []
+    encoded: list[int] = []
     with monkeypatch.context() as patch:
-        see = network.see
-        patch.setattr(network, "see", lambda images: seen.append(len(images)) or see(images))
+        encode = network.encode_images
+        patch.setattr(network, "encode_images", lambda images: encoded.append(len(images))
+                      or encode(images))
         twice = generate(network, None, PROMPTS[:1] * 2, GREEDY, images=IMAGES[:1] * 2)
-    assert seen == [1]
+    assert encoded == [1]
     assert twice[0].tokens == twice[1].tokens
 
 

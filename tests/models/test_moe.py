@@ -13,7 +13,14 @@ from vicugna import models
 from vicugna.distributed import Ranks
 from vicugna.models.layers import moe
 from vicugna.models.layers.attention import Dense
-from vicugna.models.layers.moe import Balanced, Experts, MoE, Router, balance_loss, listening
+from vicugna.models.layers.moe import (
+    Balanced,
+    Experts,
+    MoE,
+    Router,
+    balance_loss,
+    capture_router_logits,
+)
 from vicugna.training.loss import Objective
 from vicugna.training.trainer import balance_experts
 
@@ -195,14 +202,14 @@ def loss_of(network, rows=slice(None), weights=None):
     return Objective(network, "fp32")(tokens[:, :-1], positions, tokens[:, 1:], weights)
 
 
-def test_listening_hears_each_router_once_and_leaves_nothing():
+def test_router_logits_are_captured_once_each_and_hooks_removed():
     network = mixture()
     tokens, positions = parity.random_tokens(2, 5), torch.arange(5).expand(2, -1)
-    with listening(network) as heard:
+    with capture_router_logits(network) as captured:
         network(tokens, positions, Dense())
     network(tokens, positions, Dense())
-    assert [logits.shape for logits in heard] == [(10, 4), (10, 4)]
-    with pytest.raises(ZeroDivisionError), listening(network):
+    assert [logits.shape for logits in captured] == [(10, 4), (10, 4)]
+    with pytest.raises(ZeroDivisionError), capture_router_logits(network):
         raise ZeroDivisionError
     assert not any(m._forward_hooks for m in network.modules())
 
@@ -243,11 +250,11 @@ def test_the_balance_loss_evens_the_load():
             network.model.embed_tokens.weight += torch.linspace(-1, 1, 16)
         optimiser = torch.optim.AdamW(network.parameters(), lr=1e-2)
         for _ in range(40):
-            with listening(network) as heard:
+            with capture_router_logits(network) as captured:
                 loss_of(network).backward()
             optimiser.step()
             optimiser.zero_grad()
-        least.append(heard[0].topk(2).indices.flatten().bincount(minlength=4).min().item())
+        least.append(captured[0].topk(2).indices.flatten().bincount(minlength=4).min().item())
     assert least[0] <= 2 and least[1] >= 6  # of 20 if it were even
 
 

@@ -54,24 +54,24 @@ class Cache:
     Results are those of attention over the whole sequence, whatever the split into calls.
     """
 
-    remembers = True
+    has_kv_cache = True
 
     def __init__(self, pads: list[int], device: torch.device | str = "cpu") -> None:
         self._pads_B = torch.tensor(pads, device=device)
         self._most_pads = max(pads)
         self._stores: dict[int, _Store] = {}
-        self._rows: dict[int, Tensor] = {}
+        self._conv_states: dict[int, Tensor] = {}
         self._corners: dict[int | None, Tensor] = {}
         self._step_masks: dict[tuple[int, int, int | None], Tensor] = {}
 
-    def before(self, layer: int, x_BTD: Tensor, n: int) -> Tensor:
-        """The n rows of `x` that `layer` saw just before these: [B, n, D], zeros at the start."""
-        if layer not in self._rows:
-            self._rows[layer] = x_BTD.new_zeros(x_BTD.shape[0], n, x_BTD.shape[2])
-        past_BnD = self._rows[layer]
+    def conv_state(self, layer: int, x_BTD: Tensor, n: int) -> Tensor:
+        """The n rows of the convolution's input that precede `x`: [B, n, D], zeros at the start."""
+        if layer not in self._conv_states:
+            self._conv_states[layer] = x_BTD.new_zeros(x_BTD.shape[0], n, x_BTD.shape[2])
+        past_BnD = self._conv_states[layer]
         if n > 0:
             recent = x_BTD if x_BTD.shape[1] >= n else torch.cat([past_BnD, x_BTD], dim=1)
-            self._rows[layer] = recent[:, -n:].clone()  # a view would hold the whole call
+            self._conv_states[layer] = recent[:, -n:].clone()  # a view would hold the whole call
         return past_BnD
 
     def keep(self, rows: list[int]) -> None:
@@ -82,7 +82,7 @@ class Cache:
         self._step_masks = {}
         for store in self._stores.values():
             store.kept = [x.index_select(0, index) for x in store.kept]
-        self._rows = {layer: x_BnD[index] for layer, x_BnD in self._rows.items()}
+        self._conv_states = {layer: x_BnD[index] for layer, x_BnD in self._conv_states.items()}
 
     def __call__(self, layer: int, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor | None,
                  span: Span) -> Tensor:

@@ -212,7 +212,7 @@ def _prefill(network: Any, rows: list[_Row], device: torch.device, cancelled: Ca
     images = [tiles for row in distinct if row.images is not None
               for tiles in row.images.split(_TILES)]
     if images:  # seen once, whatever the chunks; each of these gets the features of its own tokens
-        features_MD = torch.cat([network.see(tiles.to(device)) for tiles in images])
+        features_MD = torch.cat([network.encode_images(tiles.to(device)) for tiles in images])
         stands_BT = tokens_BT == network.config.image_token_index
         number_BT = stands_BT.flatten().cumsum(0).view_as(stands_BT) - 1
     cache = Cache(pads, device)

@@ -137,13 +137,13 @@ def _size(tensors: Any) -> int:
 class _Notes:
     """An `Attend` that computes nothing: shapes of queries, keys and values by layer."""
 
-    def __init__(self, remembers: bool) -> None:
-        self.remembers = remembers
+    def __init__(self, has_kv_cache: bool) -> None:
+        self.has_kv_cache = has_kv_cache
         self.flops: list[int] = []
         self.kept: list[int] = []
         self.spans: list[Span] = []
 
-    def before(self, layer: int, x_BTD: Tensor, n: int) -> Tensor:
+    def conv_state(self, layer: int, x_BTD: Tensor, n: int) -> Tensor:
         return x_BTD.new_zeros(x_BTD.shape[0], n, x_BTD.shape[2])
 
     def __call__(self, layer: int, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor | None,
@@ -165,7 +165,7 @@ def _layers(network: Any) -> tuple[LayerCost, ...]:
     for module in others + norms:
         module.forward = lambda x, *_: x
     token = torch.zeros(1, 1, dtype=torch.long, device="meta")
-    fresh, remembered = _Notes(remembers=False), _Notes(remembers=True)
+    fresh, remembered = _Notes(has_kv_cache=False), _Notes(has_kv_cache=True)
     with torch.no_grad(), torch.device("meta"):  # RoPE's frequencies too are only shapes
         network(token, token, fresh)
         network(token, token, remembered)

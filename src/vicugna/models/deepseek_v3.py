@@ -135,7 +135,7 @@ class Attention(nn.Module):
         self.kv_b_proj = nn.Linear(self.R, self.H * (self.C + self.U), bias=False)
         self.o_proj = nn.Linear(self.H * self.U, D, bias=bias)
         scaling = config.rope_scaling or {}
-        self.sharpness = rope.mscale(scaling.get("factor", 1.0),
+        self.query_scale = rope.mscale(scaling.get("factor", 1.0),
                                      scaling.get("mscale_all_dim") or 0.0) ** 2
 
     def forward(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
@@ -148,7 +148,7 @@ class Attention(nn.Module):
         latent_BTR, k_BTP = self.kv_a_proj_with_mqa(x_BTD).split((self.R, self.P), dim=-1)
         latent_BT1R = self.kv_a_layernorm(latent_BTR)[:, :, None]
         q_BTHP, k_BT1P = self.turn(q_BTHP, *rotation), self.turn(k_BTP[:, :, None], *rotation)
-        form = self._absorbed if attend.remembers else self._expanded
+        form = self._absorbed if attend.has_kv_cache else self._expanded
         o_BTHU = form(q_BTHC, q_BTHP, latent_BT1R, k_BT1P, attend)
         return self.o_proj(o_BTHU.reshape(B, T, self.H * self.U))
 
@@ -156,7 +156,7 @@ class Attention(nn.Module):
                   attend: Attend) -> Tensor:
         kv = self.kv_b_proj(latent_BT1R).view(*q_BTHC.shape[:3], -1)
         k_BTHC, v_BTHU = kv.split((self.C, self.U), dim=-1)
-        q = torch.cat((q_BTHC, q_BTHP), dim=-1) * self.sharpness
+        q = torch.cat((q_BTHC, q_BTHP), dim=-1) * self.query_scale
         k = torch.cat((k_BTHC, k_BT1P.expand(-1, -1, self.H, -1)), dim=-1)
         return attend(self.layer, q, k, v_BTHU, Span())
 
@@ -166,7 +166,7 @@ class Attention(nn.Module):
             (self.C, self.U), dim=1)
         q_BTHR = torch.einsum("bthc,hcr->bthr", q_BTHC, make_k_HCR)
         # `attend` divides by the root of this width, the sum asks for that of the expanded one.
-        scale = self.sharpness * ((self.R + self.P) / (self.C + self.P)) ** 0.5
+        scale = self.query_scale * ((self.R + self.P) / (self.C + self.P)) ** 0.5
         q = torch.cat((q_BTHR, q_BTHP), dim=-1) * scale
         k = torch.cat((latent_BT1R, k_BT1P), dim=-1)
         o_BTHR = attend(self.layer, q, k, None, Span())[..., :self.R]

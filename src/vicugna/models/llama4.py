@@ -165,10 +165,10 @@ class Attention(nn.Module):
                 q, k = (F.rms_norm(x.float(), (self.K,), eps=self.config.rms_norm_eps).to(v.dtype)
                         for x in (q, k))
         elif self.config.attn_temperature_tuning:
-            q = (q * self.sharpness(positions_BT)[:, :, None, None]).to(v.dtype)
+            q = (q * self.query_scale(positions_BT)[:, :, None, None]).to(v.dtype)
         return self.o_proj(attend(self.layer, q, k, v, self.span).reshape(B, T, self.H * self.K))
 
-    def sharpness(self, positions_BT: Tensor) -> Tensor:
+    def query_scale(self, positions_BT: Tensor) -> Tensor:
         """Factor on the queries, float32 [B, T]: 1 up to position floor_scale - 2, then growing
         with the logarithm of the position. A token's own position counts, not the padding before
         it: hence a row says the same in every batch (transformers counts the padding too)."""
@@ -242,7 +242,7 @@ class Multimodal(decoder.AroundText):
         self.multi_modal_projector = nn.ModuleDict({
             "linear_1": nn.Linear(vision.vision_output_dim, config.hidden_size, bias=False)})
 
-    def see(self, images: Tensor) -> Tensor:
+    def encode_images(self, images: Tensor) -> Tensor:
         """Pixel values of tiles [N, 3, H, W] -> their features [M, D], in order. VicugnaError for
         tiles of a wrong size."""
         return self.multi_modal_projector["linear_1"](self.vision_model(images).flatten(0, 1))
@@ -257,7 +257,7 @@ class Multimodal(decoder.AroundText):
         wrong size. Without either, image tokens keep their own embedding.
         """
         if images is not None:
-            features_MD = self.see(images)
+            features_MD = self.encode_images(images)
         if features_MD is None:
             return self.language_model(tokens_BT, positions_BT, attend)
         index = self.config.image_token_index

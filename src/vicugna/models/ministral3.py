@@ -48,14 +48,14 @@ class Config(mistral.Config):
                                    "A Ministral 3 has a YaRN with this key")
 
 
-class Sharper:
+class ScaledQueries:
     """`attend` with queries times `scale_BT11`."""
 
     def __init__(self, attend: Attend, scale_BT11: Tensor) -> None:
-        self.attend, self.scale_BT11, self.remembers = attend, scale_BT11, attend.remembers
+        self.attend, self.scale_BT11, self.has_kv_cache = attend, scale_BT11, attend.has_kv_cache
 
-    def before(self, layer: int, x_BTD: Tensor, n: int) -> Tensor:
-        return self.attend.before(layer, x_BTD, n)
+    def conv_state(self, layer: int, x_BTD: Tensor, n: int) -> Tensor:
+        return self.attend.conv_state(layer, x_BTD, n)
 
     def __call__(self, layer: int, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor | None,
                  span: Span) -> Tensor:
@@ -76,8 +76,8 @@ class Layer(llama.Layer):
     def forward(self, x_BTD: Tensor, positions_BT: Tensor, rotation: tuple[Tensor, Tensor],
                 attend: Attend) -> Tensor:
         scale_BT = 1 + self.beta * torch.log1p(torch.floor(positions_BT / self.original))
-        sharper = Sharper(attend, scale_BT[:, :, None, None])
-        return super().forward(x_BTD, positions_BT, rotation, sharper)
+        scaled = ScaledQueries(attend, scale_BT[:, :, None, None])
+        return super().forward(x_BTD, positions_BT, rotation, scaled)
 
 
 class Network(decoder.Network):

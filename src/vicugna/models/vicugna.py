@@ -102,7 +102,7 @@ class Layer(nn.Module):
     def forward(self, x_BTD: Tensor, positions_BT: Tensor, rotation: tuple[Tensor, Tensor],
                 attend: Attend) -> Tensor:
         h_BTD = self.input_layernorm(x_BTD)
-        h_BTD = self.conv(h_BTD, attend.before(self.layer, h_BTD, self.reach), positions_BT)
+        h_BTD = self.conv(h_BTD, attend.conv_state(self.layer, h_BTD, self.reach), positions_BT)
         x_BTD = x_BTD + self.self_attn(h_BTD, positions_BT, rotation, attend)
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from vicugna.models.layers.attention import Dense
-from vicugna.models.layers.moe import balance_loss, listening
+from vicugna.models.layers.moe import balance_loss, capture_router_logits
 
 CHUNK = 2048  # rows of logits held at once, in the precision of the matrix products
 SLICE = 1 << 21  # logits turned to float32 at once: few enough to stay in the processor's cache
@@ -70,7 +70,7 @@ class Objective(nn.Module):
         ranks, the mean over tokens holds the mean of it once.
         """
         with (torch.autocast(tokens_BT.device.type, self.dtype, self.dtype == torch.bfloat16),
-              listening(self.network) as logits):
+              capture_router_logits(self.network) as logits):
             hidden_BTD = self.network(tokens_BT, positions_BT, Dense(positions_BT))
         learned = weights_BT != 0
         loss = _WeightedNLL.apply(hidden_BTD[learned], self.network.lm_head.weight,

@@ -26,24 +26,25 @@ class Span:
 
 
 class Attend(Protocol):
-    """The one place where attention meets memory.
+    """The one place where attention meets memory: the KV cache and the convolution state.
 
-    `remembers` is true of one that keeps keys and values between calls: a network that can choose
-    then gives it the form of them that is small.
+    `has_kv_cache` says whether keys and values are kept between calls: multi-head latent attention
+    then passes the compressed latent instead of expanded keys and values.
     """
 
-    remembers: bool
+    has_kv_cache: bool
 
     def __call__(self, layer: int, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor | None,
                  span: Span) -> Tensor:
-        """Causal attention of T new queries over remembered and new keys: [B, T, H, values' width].
+        """Causal attention of T new queries over cached and new keys: [B, T, H, width of values].
 
         H is a multiple of G; scores are scaled by 1/sqrt(K) here and by nothing else. Values may be
         of another width than keys; None means that the keys are the values too.
         """
 
-    def before(self, layer: int, x_BTD: Tensor, n: int) -> Tensor:
-        """The n rows of `x` that `layer` saw just before these: [B, n, D], zeros at the start."""
+    def conv_state(self, layer: int, x_BTD: Tensor, n: int) -> Tensor:
+        """The convolution state of `layer`: the n rows of its convolution's input that precede `x`,
+        [B, n, D], zeros at the start of a sequence."""
 
 
 class Dense:
@@ -53,7 +54,7 @@ class Dense:
     0, and no token sees another document. None means one document a row.
     """
 
-    remembers = False
+    has_kv_cache = False
 
     def __init__(self, positions_BT: Tensor | None = None) -> None:
         self.first_BT: Tensor | None = None  # index of the first token of each token's document
@@ -64,7 +65,7 @@ class Dense:
                 self.first_BT = first_BT
         self._masks: dict[tuple[Any, ...], Tensor] = {}
 
-    def before(self, layer: int, x_BTD: Tensor, n: int) -> Tensor:
+    def conv_state(self, layer: int, x_BTD: Tensor, n: int) -> Tensor:
         return x_BTD.new_zeros(x_BTD.shape[0], n, x_BTD.shape[2])
 
     def __call__(self, layer: int, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor | None,

@@ -152,7 +152,7 @@ class Router(nn.Linear):
 
 
 @contextmanager
-def listening(network: nn.Module) -> Iterator[list[Tensor]]:
+def capture_router_logits(network: nn.Module) -> Iterator[list[Tensor]]:
     """A list that takes the logits [N, E] of every `Router` of the network that runs meanwhile."""
     heard: list[Tensor] = []
     hooks = [module.register_forward_hook(lambda _, __, out: heard.append(out[0]))
