@@ -43,7 +43,7 @@ TIMES = "cold", "load", "first"
 def make(folder: Path, shape: dict[str, Any]) -> int:
     """Write a checkpoint of random weights in shards of 1 GB; its bytes of weights."""
     from vicugna import checkpoint, models  # not above: importing it is part of `cold`
-    from vicugna.checkpoint import weights
+    from vicugna.checkpoint.hf import weights
 
     previous = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vicugna import checkpoint
-from vicugna.checkpoint import meta_config
+from vicugna.checkpoint.meta import params as meta_params
 from vicugna.model import Model
 
 D, H, V = 64, 8, 96
@@ -179,7 +179,7 @@ def change(folder: Path, rank: int, **changes) -> None:
 
 def one_layer(params: dict) -> dict[str, Tensor]:
     """Random tensors of a model of one layer, by their names in Hugging Face's form."""
-    p, generator = meta_config.Params(**params), torch.Generator().manual_seed(0)
+    p, generator = meta_params.Params(**params), torch.Generator().manual_seed(0)
     D, GK, F = p.dim, p.groups * p.head_width, p.inner()
     shapes = {"self_attn.q_proj": (D, D), "self_attn.k_proj": (GK, D), "self_attn.v_proj": (GK, D),
               "self_attn.o_proj": (D, D), "mlp.gate_proj": (F, D), "mlp.up_proj": (F, D),

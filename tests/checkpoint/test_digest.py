@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vicugna import checkpoint, models, tokenizer
-from vicugna.checkpoint import weights
+from vicugna.checkpoint.hf import weights
+from vicugna.checkpoint.stored import raw_bytes
 
 CONFIG = {"model_type": "llama", "vocab_size": 280, "hidden_size": 8, "intermediate_size": 12,
           "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
@@ -57,7 +58,7 @@ def test_load_save_load(saved, tmp_path):
 def test_any_bit_of_any_tensor_counts(network, data):
     state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     before = of(network, state=state)
-    raw = weights.raw_bytes(state[data.draw(st.sampled_from(sorted(state)))])
+    raw = raw_bytes(state[data.draw(st.sampled_from(sorted(state)))])
     at, bit = data.draw(st.integers(0, len(raw) - 1)), data.draw(st.integers(0, 7))
     raw[at] ^= 1 << bit
     assert of(network, state=state) != before

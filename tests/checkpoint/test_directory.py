@@ -13,7 +13,8 @@ import transformers
 from every import fails
 
 from vicugna import checkpoint, models, tokenizer
-from vicugna.checkpoint import convert, directory, weights
+from vicugna.checkpoint import convert
+from vicugna.checkpoint.hf import directory, weights
 from vicugna.errors import VicugnaError
 from vicugna.model import Model
 

@@ -12,9 +12,9 @@ import transformers
 from gguf_kit import LLAMA3, MODELS, SHAPE, TEXTS, fails, folder_of, rewritten, same, sentencepiece
 
 from vicugna import checkpoint, tokenizer
-from vicugna.checkpoint import gguf as ours
-from vicugna.checkpoint import gguf_keys, gguf_tensors
 from vicugna.checkpoint.convert import convert
+from vicugna.checkpoint.gguf import file as ours
+from vicugna.checkpoint.gguf import keys, tensors
 from vicugna.errors import Refused, VicugnaError
 from vicugna.model import Model
 from vicugna.models.layers import rope
@@ -103,7 +103,7 @@ def test_names_and_shapes_of_tensors(tmp_path):
         convert(folder, tmp_path / "m.gguf")
         reader = gguf.GGUFReader(tmp_path / "m.gguf")
         arch = {value: key for key, value in gguf.MODEL_ARCH_NAMES.items()}[
-            gguf_keys.ARCHITECTURES[changes["model_type"]]]
+            keys.ARCHITECTURES[changes["model_type"]]]
         table = gguf.get_tensor_name_map(arch, 2)
         stored = checkpoint.survey(folder).stored
         wanted = {}
@@ -151,12 +151,12 @@ def test_turning_rows_is_the_other_form_of_rope(heads):
     rotation = rope.rotation(torch.arange(5)[None], rope.inverse_frequencies(16, 1e4, None),
                              torch.float32)
     halves = rope.rotate((x @ weight.T).view(1, 5, heads, 16), *rotation)
-    turned = gguf_tensors.turned(weight, heads)
+    turned = tensors.turned(weight, heads)
     pairs = rope.rotate_pairs((x @ turned.T).view(1, 5, heads, 16), *rotation)
     assert torch.allclose(pairs, halves.unflatten(-1, (2, 8)).transpose(-1, -2).flatten(-2),
                           atol=1e-6)
-    assert torch.equal(gguf_tensors.turned(turned, heads, back=True), weight)
-    assert torch.equal(gguf_tensors.turned(turned[:, 0], heads, back=True), weight[:, 0])  # a bias
+    assert torch.equal(tensors.turned(turned, heads, back=True), weight)
+    assert torch.equal(tensors.turned(turned[:, 0], heads, back=True), weight[:, 0])  # a bias
 
 
 def test_frequencies_of_llama_3(tmp_path):

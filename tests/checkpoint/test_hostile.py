@@ -18,7 +18,7 @@ import torch
 from every import EVERY, save
 
 from vicugna import models, tokenizer
-from vicugna.checkpoint import weights
+from vicugna.checkpoint.hf import weights
 
 SECONDS = 1.0  # of this process's work on one folder
 MEMORY = 300 * 2**20  # bytes that it may take beyond what it has when all is imported

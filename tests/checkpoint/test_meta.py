@@ -35,7 +35,7 @@ from meta_kit import (
 from torch import Tensor
 
 from vicugna import checkpoint
-from vicugna.checkpoint import meta_config
+from vicugna.checkpoint.meta import params as meta_params
 
 # Llama 1 to 3.3.
 
@@ -97,29 +97,29 @@ def test_a_head_equal_to_the_embeddings_is_tied_only_in_llama_3_2(tmp_path):
     ({"dim": 5120, "n_heads": 40, "multiple_of": 2048, "ffn_dim_multiplier": 1.2}, 16384)])
 def test_feed_forward_of_published_models(shape, width):
     """Llama 1 and 2 7B, 13B, 30B, 65B; 2 70B; 3 8B, 405B; 3.2 1B, 3B; 4."""
-    assert meta_config.Params(n_layers=1, norm_eps=1e-5, **shape).inner() == width
+    assert meta_params.Params(n_layers=1, norm_eps=1e-5, **shape).inner() == width
 
 
 def test_the_65b_of_llama_1_is_told_from_the_70b_of_llama_2():
-    large = meta_config.Params(dim=8192, n_heads=64, n_layers=80, norm_eps=1e-5)
-    assert meta_config.llama(large, 32000, False, False)[0]["max_position_embeddings"] == 2048
-    large = meta_config.Params(dim=8192, n_heads=64, n_kv_heads=8, n_layers=80, norm_eps=1e-5)
-    assert meta_config.llama(large, 32000, False, False)[0]["max_position_embeddings"] == 4096
+    large = meta_params.Params(dim=8192, n_heads=64, n_layers=80, norm_eps=1e-5)
+    assert meta_params.llama(large, 32000, False, False)[0]["max_position_embeddings"] == 2048
+    large = meta_params.Params(dim=8192, n_heads=64, n_kv_heads=8, n_layers=80, norm_eps=1e-5)
+    assert meta_params.llama(large, 32000, False, False)[0]["max_position_embeddings"] == 4096
 
 
 def test_token_ids():
-    third = meta_config.Params(**PARAMS, rope_theta=500000.0)
-    _, generation = meta_config.llama(third, 128256, False, True)
+    third = meta_params.Params(**PARAMS, rope_theta=500000.0)
+    _, generation = meta_params.llama(third, 128256, False, True)
     assert generation == {"do_sample": True, "temperature": 0.6, "top_p": 0.9,
                           "bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009]}
-    config, _ = meta_config.llama(third, 128256, False, False)
+    config, _ = meta_params.llama(third, 128256, False, False)
     assert (config["bos_token_id"], config["eos_token_id"]) == (128000, 128001)
-    config, _ = meta_config.llama(meta_config.Params(**PARAMS), 32000, False, False)
+    config, _ = meta_params.llama(meta_params.Params(**PARAMS), 32000, False, False)
     assert (config["bos_token_id"], config["eos_token_id"]) == (1, 2)
-    config, generation = meta_config.llama4(third, 202048, False, True)
+    config, generation = meta_params.llama4(third, 202048, False, True)
     assert generation["eos_token_id"] == [200001, 200007, 200008]
     assert config["pad_token_id"] == 200018
-    assert "bos_token_id" not in meta_config.llama(third, V, False, False)[0]
+    assert "bos_token_id" not in meta_params.llama(third, V, False, False)[0]
 
 
 # Llama 4.
@@ -243,15 +243,15 @@ def test_context_of_llama_4():
     for name, experts, instruct, length in (
             ("base", 16, False, 262144), ("Scout", 16, True, 10485760),
             ("Maverick", 128, True, 1048576)):
-        params = meta_config.Params(**PARAMS4, moe_args={"num_experts": experts})
-        config, _ = meta_config.llama4(params, V, False, instruct)
+        params = meta_params.Params(**PARAMS4, moe_args={"num_experts": experts})
+        config, _ = meta_params.llama4(params, V, False, instruct)
         assert config["max_position_embeddings"] == length, name
 
 
 def test_a_llama_4_without_experts_or_chunks():
-    params = meta_config.Params(**{**PARAMS4, "attention_chunk_size": None,
+    params = meta_params.Params(**{**PARAMS4, "attention_chunk_size": None,
                                    "nope_layer_interval": None})
-    config, _ = meta_config.llama4(params, V, False, False)
+    config, _ = meta_params.llama4(params, V, False, False)
     assert config["moe_layers"] == []
     assert config["no_rope_layers"] == [1, 1, 1, 1]
     assert config["layer_types"] == ["full_attention"] * 4

@@ -29,7 +29,7 @@ from meta_kit import (
 
 import vicugna
 from vicugna import checkpoint
-from vicugna.checkpoint import meta_config
+from vicugna.checkpoint.meta import params as meta_params
 from vicugna.errors import VicugnaError
 
 # Where the files lie.
@@ -308,5 +308,5 @@ def test_malformed_params(folder, content):
 
 def test_images_that_are_not_square(tmp_path):
     with pytest.raises(VicugnaError, match="not square"):
-        meta_config.parse({**PARAMS4, "vision_args": {
+        meta_params.parse({**PARAMS4, "vision_args": {
             **VISION, "patch_size": {"height": 4, "width": 2}}}, tmp_path)

@@ -13,7 +13,8 @@ from every import EVERY, auto, save
 
 import vicugna
 from vicugna import checkpoint, tokenizer
-from vicugna.checkpoint import convert, weights
+from vicugna.checkpoint import convert
+from vicugna.checkpoint.hf import weights
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 TOKENS = torch.randint(3, 80, (2, 20), generator=torch.Generator().manual_seed(3))

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vicugna.checkpoint import weights
+from vicugna.checkpoint.hf import weights
+from vicugna.checkpoint.stored import Mapped
 from vicugna.errors import VicugnaError
 
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
@@ -149,7 +150,7 @@ def test_what_is_written_can_be_read(tmp_path):
 
 def read(folder: Path, name: str, dtype: torch.dtype) -> torch.Tensor:
     found = weights.scan(sorted(folder.glob("*.safetensors")))[name]
-    return weights.Mapped().read([found], found.shape, dtype, torch.device("cpu"))
+    return Mapped().read([found], found.shape, dtype, torch.device("cpu"))
 
 
 def test_reading_maps_and_converts(tmp_path):
@@ -186,7 +187,7 @@ def test_a_file_that_shrank_since_its_header_was_read(tmp_path):
     found = weights.scan([tmp_path / weights.SINGLE])["a"]
     os.truncate(tmp_path / weights.SINGLE, 100)
     with pytest.raises(VicugnaError, match="cannot be read"):
-        weights.Mapped().tensor(found)
+        Mapped().tensor(found)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

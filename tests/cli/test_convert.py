@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from vicugna import checkpoint, models
-from vicugna.checkpoint import gguf
-from vicugna.checkpoint.weights import Mapped
+from vicugna.checkpoint.gguf import writer
+from vicugna.checkpoint.stored import Mapped
 
 LLAMA = {"model_type": "llama", "vocab_size": 99, "hidden_size": 32, "intermediate_size": 64,
          "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 64}
@@ -161,7 +161,7 @@ def test_a_full_disk_under_numpy(a: Path, tmp_path: Path, cli: Any, monkeypatch:
     def write(*_: Any) -> None:
         raise OSError("8192 requested and 416 written")  # with no number, as NumPy does
 
-    monkeypatch.setattr(gguf, "write", write)
+    monkeypatch.setattr(writer, "write", write)
     ended = cli("convert", a, tmp_path / "m.gguf")
     assert ended.code == 2 and "could not be written whole" in ended.line
     assert not (tmp_path / "m.gguf").exists()

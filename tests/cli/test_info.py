@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 import vicugna
 from vicugna import checkpoint, models
-from vicugna.checkpoint import weights
 from vicugna.checkpoint.convert import convert
+from vicugna.checkpoint.hf import weights
 from vicugna.tokenizer import Tokenizer, train
 
 SHAPE = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,

@@ -12,9 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vicugna.checkpoint import directory, fit, gguf, gguf_keys
-from vicugna.checkpoint.gguf_file import MAGIC
-from vicugna.checkpoint.weights import Mapped, Stored
+from vicugna.checkpoint import load as loading
+from vicugna.checkpoint import state_dict
+from vicugna.checkpoint.gguf import keys, writer
+from vicugna.checkpoint.gguf.file import MAGIC
+from vicugna.checkpoint.hf import directory
+from vicugna.checkpoint.stored import Mapped, Stored
 from vicugna.errors import Refused, VicugnaError
 from vicugna.files import disk_errors, replacing, sweep_temporaries
 
@@ -85,22 +88,22 @@ def convert(source: str | Path, target: str | Path, form: str | None = None,
     Returns what was done. Refused where something would be lost without `lossy`; VicugnaError.
     """
     target = Path(os.path.expanduser(target))
-    form = form or ("gguf" if directory.is_gguf(target) else "hf")
+    form = form or ("gguf" if target.suffix.lower() == ".gguf" else "hf")
     if form not in FORMS:
         raise VicugnaError(f"unknown form {form!r}", "--to", f"Use one of {', '.join(FORMS)}")
-    known = [*gguf.KINDS] if form == "gguf" else [*FLOATS]
+    known = [*writer.KINDS] if form == "gguf" else [*FLOATS]
     if dtype not in (None, *known):
         raise VicugnaError(f"{dtype!r} is not a dtype of {form} files", "--dtype",
                            f"Use one of {', '.join(known)}")
-    found = directory.survey(source)
+    found = loading.survey(source)
     _check_target(found.folder, target, form)
     mapped = Mapped()
     losses = Losses(lossy, str(source), mapped.forget)
-    network = fit.build(found.config, found.stored, str(found.folder))
-    parts, extras = fit.parts(network, found.stored, found.folder)
+    network = state_dict.build(found.config, found.stored, str(found.folder))
+    parts, extras = state_dict.parts(network, found.stored, found.folder)
     if form == "gguf":
         _foresee(losses, found.config, dtype, len(extras))
-        found, parts = gguf.text_part(found, parts)
+        found, parts = writer.text_part(found, parts)
     wanted = parts | ({} if form == "gguf" else extras)
     total, number, last = len(wanted), 0, torch.empty(0)
     say = report(total) if report else lambda done, name: None
@@ -120,7 +123,7 @@ def convert(source: str | Path, target: str | Path, form: str | None = None,
     if form == "gguf":
         sweep_temporaries(target.parent, target.name)
         with disk_errors(target), replacing(target) as temporary:
-            gguf.write(temporary, found, wanted, dtype, read, losses.cast, mapped.forget)
+            writer.write(temporary, found, wanted, dtype, read, losses.cast, mapped.forget)
     else:
         tensors = {name: replace(stored, dtype=kind, scale=None, load=partial(load, stored, kind))
                    for name, stored in wanted.items()
@@ -132,7 +135,7 @@ def convert(source: str | Path, target: str | Path, form: str | None = None,
 
 def _foresee(losses: Losses, config: dict[str, Any], dtype: str | None, extras: int) -> None:
     """Note what is lost in GGUF whatever the values are."""
-    for what in gguf_keys.lost(config):
+    for what in keys.lost(config):
         losses.note(what)
     if extras:
         losses.note(f"{extras:,} tensors that the model does not compute with")

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vicugna.checkpoint.weights import raw_bytes
+from vicugna.checkpoint.stored import raw_bytes
 from vicugna.files import digest_of
 from vicugna.tokenizer import Tokenizer
 

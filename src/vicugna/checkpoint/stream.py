@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vicugna.checkpoint import fit
+from vicugna.checkpoint import state_dict
 from vicugna.checkpoint.digest import digest
-from vicugna.checkpoint.directory import Survey
-from vicugna.checkpoint.weights import Mapped, Stored
+from vicugna.checkpoint.stored import Mapped, Stored
+from vicugna.checkpoint.survey import Survey
 from vicugna.files import disk_errors
 from vicugna.progress import Report
 
@@ -22,7 +22,7 @@ def digest_stored(network: Any, found: Survey, report: Report) -> str | None:
     tensor's number and name. VicugnaError where names or shapes do not fit and for values that
     are not finite.
     """
-    parts, extras = fit.parts(network, found.stored, found.folder)
+    parts, extras = state_dict.parts(network, found.stored, found.folder)
     buffers = dict(network.named_buffers())
     kinds = {name: buffers[name].dtype if name in buffers else part.kind
              for name, part in (parts | extras).items()}
@@ -34,13 +34,13 @@ def digest_stored(network: Any, found: Survey, report: Report) -> str | None:
 
 
 class _Stream(Mapping[str, Tensor]):
-    """What `fit.named_tensors` gives of the loaded network, each read when it is asked for."""
+    """As `state_dict.named_tensors` of the loaded network; each is read when it is asked for."""
 
     def __init__(self, network: Any, parts: Mapping[str, Stored],
                  kinds: Mapping[str, torch.dtype], report: Report) -> None:
         self._parts, self._kinds, self._report, self._done = parts, kinds, report, 0
         # Experts that files hold stacked are named apart, as they are of a network.
-        pieces = fit.of_module(network, "pieces")
+        pieces = state_dict.of_module(network, "pieces")
         self._places = {name: (whole, n, len(names)) for whole in parts
                         for names in [pieces(whole, network.config) or [whole]]
                         for n, name in enumerate(names)}

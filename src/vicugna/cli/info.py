@@ -19,12 +19,12 @@ def info(
 ) -> None:
     """Architecture, sizes, dtypes, context, tokenizer and digest of MODEL, never all in memory."""
     from vicugna import checkpoint, progress
-    from vicugna.checkpoint import fit
+    from vicugna.checkpoint import state_dict
     from vicugna.checkpoint.stream import digest_stored
 
     found = checkpoint.survey(model)
-    network = fit.build(found.config, found.stored, str(found.folder))
-    parts, extras = fit.parts(network, found.stored, found.folder)
+    network = state_dict.build(found.config, found.stored, str(found.folder))
+    parts, extras = state_dict.parts(network, found.stored, found.folder)
     facts = _facts(found, network)
     if digest:
         with progress.bar("digest", len(parts) + len(extras)) as report:
@@ -56,10 +56,11 @@ def _facts(found: "Survey", network: Any) -> dict[str, Any]:
 
 def _dtypes(found: "Survey") -> Counter[str]:
     """The bytes that the files hold of each dtype."""
-    from vicugna.checkpoint.directory import is_gguf
+    from vicugna.checkpoint.gguf import reader
     sizes: Counter[str] = Counter()
-    if is_gguf(found.folder):
-        from vicugna.checkpoint.gguf import KINDS, scan
+    if reader.recognises(found.folder):
+        from vicugna.checkpoint.gguf.file import scan
+        from vicugna.checkpoint.gguf.writer import KINDS
         names = {kind: name for name, kind in KINDS.items()}
         for entry in scan(found.folder)[1].values():
             sizes[names.get(entry.kind, f"GGML type {entry.kind}")] += entry.data.nbytes

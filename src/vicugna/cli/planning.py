@@ -15,7 +15,8 @@ from typing import Any
 import yaml
 
 from vicugna import checkpoint
-from vicugna.checkpoint.directory import is_gguf, read_object
+from vicugna.checkpoint.folder import read_object
+from vicugna.checkpoint.gguf import reader as gguf
 from vicugna.errors import VicugnaError
 from vicugna.files import disk_errors
 from vicugna.models.counts import Counts, count
@@ -191,7 +192,7 @@ def subject(what: str) -> Subject:
         raise VicugnaError("no such model, file or folder", what, nearest(wanted, known))
     if path.suffix in (".yaml", ".yml"):
         return _of_recipe(path)
-    if is_gguf(path) or (path.is_dir() and not (path / "config.json").exists()):
+    if gguf.recognises(path) or (path.is_dir() and not (path / "config.json").exists()):
         return Subject(path.stem, what, checkpoint.survey(path).config)
     path = path / "config.json" if path.is_dir() else path
     file = path.resolve()

@@ -15,9 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vicugna.checkpoint import directory, meta_config, pth, weights
-from vicugna.checkpoint.meta_config import Params
-from vicugna.checkpoint.weights import Mapped, Stored, broken, short
+from vicugna.checkpoint.folder import inside, read_object
+from vicugna.checkpoint.hf import weights
+from vicugna.checkpoint.meta import params as meta_params
+from vicugna.checkpoint.meta import pth
+from vicugna.checkpoint.meta.params import Params
+from vicugna.checkpoint.stored import Mapped, Stored, broken, short
+from vicugna.checkpoint.survey import Survey
 from vicugna.errors import VicugnaError
 from vicugna.tokenizer import Tokenizer, from_model_file
 
@@ -226,10 +230,16 @@ def _files(folder: Path) -> dict[int, list[str]]:
     return found
 
 
-def survey(folder: Path) -> "directory.Survey":
+def recognises(folder: Path) -> bool:
+    """Whether the checkpoint in `folder` is in this form. OSError."""
+    return find(folder) is not None
+
+
+def survey(folder: Path) -> Survey:
     """What the checkpoint of Meta in `folder` says of itself. Raises VicugnaError; OSError."""
+    folder = find(folder) or folder
     path = folder / "params.json"
-    params = meta_config.parse(directory.read_object(*_inside(folder, path.name)), path)
+    params = meta_params.parse(read_object(*_rooted(folder, path.name)), path)
     files = _files(folder)
     if missing := sorted(set(range(len(files))) - files.keys()):
         raise broken(f"consolidated.{missing[0]:02}.pth is missing, but there is a shard "
@@ -250,12 +260,12 @@ def survey(folder: Path) -> "directory.Survey":
     tokenizer = _tokenizer(folder, version, vocabulary)
     name = (folder.resolve().parent if folder.name == "original" else folder.resolve()).name
     instruct = re.search("instruct|chat", name, re.IGNORECASE) is not None
-    say = meta_config.llama4 if fourth else meta_config.llama
+    say = meta_params.llama4 if fourth else meta_params.llama
     config, generation_config = say(params, vocabulary, tied, instruct)
-    return directory.Survey(folder, config, stored, tokenizer, generation_config, {})
+    return Survey(folder, config, stored, tokenizer, generation_config, {})
 
 
-def _inside(folder: Path, name: str) -> tuple[Path, str]:
+def _rooted(folder: Path, name: str) -> tuple[Path, str]:
     """The checkpoint's own folder, out of which links must not lead, and the path of `name` in it.
     """
     return (folder.parent, f"original/{name}") if folder.name == "original" else (folder, name)
@@ -265,7 +275,7 @@ def _tokenizer(folder: Path, version: str | None, vocabulary: int) -> Tokenizer 
     """The tokenizer, which Llama 1 and 2 came with in the folder above; None if there is none."""
     for place in (folder, folder.parent):
         if (place / "tokenizer.model").exists():
-            found = from_model_file(directory._inside(*_inside(place, "tokenizer.model")), version)
+            found = from_model_file(inside(*_rooted(place, "tokenizer.model")), version)
             if found.vocab_size > vocabulary:
                 raise broken(f"{found.vocab_size:,} tokens, but {vocabulary:,} embeddings",
                              place / "tokenizer.model")
@@ -276,7 +286,7 @@ def _tokenizer(folder: Path, version: str | None, vocabulary: int) -> Tokenizer 
 def _rank(folder: Path, names: list[str]) -> dict[str, Stored]:
     found: dict[str, Stored] = {}
     for name in names:
-        tensors = pth.scan(directory._inside(*_inside(folder, name)), UNUSED)
+        tensors = pth.scan(inside(*_rooted(folder, name)), UNUSED)
         for twice in sorted(tensors.keys() & found.keys()):
             raise broken(f"stands in {found[twice].file.name} too", tensors[twice].where)
         found |= tensors

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vicugna.checkpoint.gguf_keys import ARCHITECTURES, parsed
-from vicugna.checkpoint.weights import Stored, broken, short
+from vicugna.checkpoint.gguf.keys import ARCHITECTURES, parsed
+from vicugna.checkpoint.stored import Stored, broken, short
 from vicugna.errors import VicugnaError
 
 OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}

@@ -1,26 +1,24 @@
-"""The Hugging Face directory: a checkpoint as transformers, vLLM and llama.cpp know it."""
+"""The folder of a checkpoint in Hugging Face's form: read and written."""
 
 import os
 import re
 import shutil
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vicugna.checkpoint import fit, weights
-from vicugna.checkpoint.digest import digest
-from vicugna.checkpoint.weights import Stored, broken, short
+from vicugna.checkpoint import state_dict
+from vicugna.checkpoint.folder import inside, read_object
+from vicugna.checkpoint.hf import weights
+from vicugna.checkpoint.stored import Stored, broken, short
+from vicugna.checkpoint.survey import Survey, default_generation_config
 from vicugna.errors import VicugnaError
 from vicugna.files import (
-    canonical,
     disk_errors,
-    read_json,
     replacing_folder,
     sweep_temporaries,
     write_json,
@@ -28,8 +26,6 @@ from vicugna.files import (
 from vicugna.tokenizer import FILES as TOKENIZERS
 from vicugna.tokenizer import Tokenizer
 
-HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?")
-HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
 # Of tokenizers, chat templates and processors of images: kept as they are when a model is saved.
 KEPT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
               "added_tokens.json", "tokenizer.model", "tekken.json", "vocab.json", "merges.txt",
@@ -42,163 +38,31 @@ CHECKPOINT_FILE = re.compile("|".join([
     *map(re.escape, ("config.json", "generation_config.json", weights.INDEX, *KEPT_FILES))]))
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
-JSON_BYTES, INDEX_BYTES = 10**6, 20 * 10**6  # an index of 150,000 tensors
+INDEX_BYTES = 20 * 10**6  # an index of 150,000 tensors
 KEPT_BYTES = 50 * 10**6  # of all of them; the largest tokenizer.json has 33
-HUB_ERRORS = {
-    "GatedRepoError": ("the Hub asks for an approved account", "Ask there, then: hf auth login"),
-    "RepositoryNotFoundError": ("no such folder, and no such model on the Hub", "Check the name"),
-    "RevisionNotFoundError": ("the Hub has no such revision of it", "Check the revision")}
 
 
-@dataclass(frozen=True)
-class Survey:
-    """What a checkpoint says of itself: everything but the values of its weights.
-
-    `config` is config.json as it was read, `stored` the dtype, shape and place of every tensor by
-    name (an FP8 tensor's scale belongs to it), `files` the contents of KEPT_FILES.
-    """
-
-    folder: Path
-    config: dict[str, Any]
-    stored: dict[str, Stored]
-    tokenizer: Tokenizer | None
-    generation_config: dict[str, Any]
-    files: dict[str, bytes]
-
-    @property
-    def source(self) -> Path:
-        """The file that says what `config` does: Hugging Face's, Meta's, or the one of all."""
-        paths = (self.folder / name for name in ("config.json", "params.json"))
-        return next((path for path in paths if path.exists()), self.folder)
+def recognises(folder: Path) -> bool:
+    """Whether `folder` is read here: any folder is, if only to say what is missing in it."""
+    return folder.is_dir()
 
 
-@dataclass
-class Checkpoint:
-    """A checkpoint in memory. `config` is config.json as it was read."""
-
-    config: dict[str, Any]
-    network: nn.Module
-    tokenizer: Tokenizer | None
-    generation_config: dict[str, Any]
-
-    @cached_property
-    def digest(self) -> str:
-        """SHA-256 (hex) of what was loaded; taken on first use, so before training goes on."""
-        config: Any = self.network.config
-        return digest(fit.named_tensors(self.network), config.to_dict(), self.tokenizer,
-                      self.generation_config)
-
-
-def survey(path: str | Path) -> Survey:
-    """The facts of the checkpoint in folder `path` (in the form of Hugging Face or of Meta) or file
-    `path` (GGUF), or named by Hub id `org/name[@revision]`.
-
-    Of the weights only the headers are read, of which nothing is believed unchecked. Nothing is
-    unpickled and no code of the checkpoint is run. Raises VicugnaError.
-    """
-    from vicugna.checkpoint import gguf, meta  # which build on this module
-    with disk_errors(path):
-        folder = _locate(path)
-        if is_gguf(folder) and folder.is_file():
-            return gguf.survey(folder)
-        if original := meta.find(folder):
-            return meta.survey(original)
-        config = read_object(folder, "config.json")
-        block = _fp8_block(config, folder)
-        stored = weights.scaled(_scan(folder), block)
-        generation_config = (read_object(folder, "generation_config.json")
-                             if os.path.lexists(folder / "generation_config.json") else {})
-        files = _kept_files(folder)
-        tokenizer = Tokenizer(folder) if files.keys() & set(TOKENIZERS) else None
-        return Survey(folder, config, stored, tokenizer, generation_config, files)
-
-
-def read(path: str | Path, dtype: torch.dtype | None = torch.float32,
-         device: str | torch.device = "cpu") -> Checkpoint:
-    """Read the checkpoint in folder `path`, or named by Hub id `org/name[@revision]`.
-
-    Parameters become `dtype`; None keeps what is stored. Buffers keep the network's own dtype.
-    Weights stay a private mapping of their files where neither dtype nor device changes; NaN in
-    large ones is reported when the network first runs. What the folder says besides (a Survey)
-    stays in `network.origin`, for `write`. Raises VicugnaError.
-    """
-    found = survey(path)
-    with disk_errors(path):
-        network: Any = fit.build(found.config, found.stored, str(found.source))
-        fit.fill(network, found.stored, dtype, torch.device(device), found.folder)
-    network.origin = replace(found, stored={})
-    return Checkpoint(found.config, network, found.tokenizer, found.generation_config)
-
-
-def is_gguf(path: Path) -> bool:
-    """Whether `path` is called what GGUF files are."""
-    return path.suffix.lower() == ".gguf"
-
-
-def _locate(path: str | Path) -> Path:
-    """The local folder of a checkpoint: `path` itself, or a Hub snapshot of the id it names."""
-    folder = Path(os.path.expanduser(path))
-    if folder.is_dir() or (is_gguf(folder) and folder.is_file()):
-        return folder
-    if folder.exists():
-        raise _refusal(folder) if folder.suffix in PICKLES else VicugnaError(
-            "a file, not a folder", str(path), "Name the folder which holds config.json")
-    if hub_id := HUB_ID.fullmatch(str(path)):
-        return _download(hub_id[1], hub_id[2])
-    raise VicugnaError("no such folder", str(path), "Check the path, or name a Hub id: org/name")
-
-
-def _download(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES,
-                                      ignore_patterns="*/*"))
-    except (OSError, RuntimeError, ValueError) as error:  # no network, offline mode, HTTP errors
-        what, fix = HUB_ERRORS.get(type(error).__name__, (
-            "no such folder, and the Hub could not be reached",
-            "Check the path, or connect to the network and try again"))
-        where = f"{name}@{revision}" if revision else name
-        raise VicugnaError(what, where, fix) from error
-
-
-def _inside(folder: Path, name: str) -> Path:
-    """`folder/name`, which must not lead out of the folder, by its name or by a symbolic link."""
-    try:
-        root, target = folder.resolve(), (folder / name).resolve()
-    except RuntimeError as error:  # links in a circle
-        raise broken(f"cannot be followed: {error}", f"{folder}/{name}") from error
-    roots = [root]
-    if root.parent.name == "snapshots" and root.parent.parent.name.startswith("models--"):
-        roots.append(root.parent.parent / "blobs")  # where the Hub's cache keeps the files
-    if (".." in PurePosixPath(name).parts or name.startswith("/")
-            or not any(map(target.is_relative_to, roots))):
-        raise VicugnaError(f"{name!r} leads out of the folder", str(folder),
-                           "Put the file itself there, if you trust where it comes from")
-    if not target.is_file():  # a pipe would hang
-        raise broken("no such file, or not a regular one", folder / name)
-    return folder / name
-
-
-def read_object(folder: Path, name: str, limit: int = JSON_BYTES) -> dict[str, Any]:
-    """The JSON object in the regular file `folder/name`, of at most `limit` bytes. VicugnaError for
-    any other file, one that a link leads to out of the folder, and values outside JSON."""
-    path = _inside(folder, name)
-    if path.stat().st_size > limit:
-        raise broken(f"over {limit:,} bytes", path)
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise broken("not a JSON object", path)
-    try:
-        canonical(value)
-    except ValueError as error:  # NaN, infinity, half of a surrogate pair: no JSON has them
-        raise broken(f"holds a value outside JSON: {error}", path) from error
-    return value
+def survey(folder: Path) -> Survey:
+    """What the folder says of itself. Raises VicugnaError; OSError."""
+    config = read_object(folder, "config.json")
+    block = _fp8_block(config, folder)
+    stored = weights.scaled(_scan(folder), block)
+    generation_config = (read_object(folder, "generation_config.json")
+                         if os.path.lexists(folder / "generation_config.json") else {})
+    files = _kept_files(folder)
+    tokenizer = Tokenizer(folder) if files.keys() & set(TOKENIZERS) else None
+    return Survey(folder, config, stored, tokenizer, generation_config, files)
 
 
 def _kept_files(folder: Path) -> dict[str, bytes]:
     """The contents of those of KEPT_FILES, and further templates, that are there."""
     extra = sorted(path.relative_to(folder).as_posix() for path in folder.glob(f"{TEMPLATES}/*"))
-    found = [_inside(folder, name) for name in (*KEPT_FILES, *extra)
+    found = [inside(folder, name) for name in (*KEPT_FILES, *extra)
              if os.path.lexists(folder / name)]
     if sum(path.stat().st_size for path in found) > KEPT_BYTES:
         longest = max(found, key=lambda path: path.stat().st_size)
@@ -226,10 +90,10 @@ def _scan(folder: Path) -> dict[str, Stored]:
     """Every tensor of a checkpoint, from the headers of its safetensors files, each of which is
     inside the folder and holds what the index says."""
     if os.path.lexists(folder / weights.SINGLE):
-        return weights.scan([_inside(folder, weights.SINGLE)])
+        return weights.scan([inside(folder, weights.SINGLE)])
     if not (folder / weights.INDEX).exists():
         pickles = sorted(path for path in folder.iterdir() if path.suffix in PICKLES)
-        raise _refusal(pickles[0]) if pickles else broken(
+        raise refusal(pickles[0]) if pickles else broken(
             f"neither {weights.SINGLE} nor {weights.INDEX} is there", folder)
     shards = read_object(folder, weights.INDEX, INDEX_BYTES).get("weight_map")
     if not isinstance(shards, dict) or not all(
@@ -238,8 +102,8 @@ def _scan(folder: Path) -> dict[str, Stored]:
         raise broken("weight_map does not give each tensor a file", folder / weights.INDEX)
     names = sorted(set(shards.values()))
     if others := [name for name in names if not name.endswith(".safetensors")]:
-        raise _refusal(folder / others[0])
-    found = weights.scan([_inside(folder, name) for name in names])
+        raise refusal(folder / others[0])
+    found = weights.scan([inside(folder, name) for name in names])
     for name, file in shards.items():
         if name not in found or found[name].file != folder / file:
             raise broken(f"weight_map gives {short(name)} to {file}, which does not hold it",
@@ -247,17 +111,10 @@ def _scan(folder: Path) -> dict[str, Stored]:
     return found
 
 
-def _refusal(path: Path) -> VicugnaError:
+def refusal(path: Path) -> VicugnaError:
     return VicugnaError("refused: only safetensors weights are read, since pickled files can run "
                         "code when they are opened", str(path),
                         "Use the safetensors form of this checkpoint")
-
-
-def default_generation_config(tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """generation_config.json of a model that ends its text where its tokenizer says."""
-    return {} if tokenizer is None else {"bos_token_id": tokenizer.bos_id,
-                                         "eos_token_id": list(tokenizer.eos_ids),
-                                         "pad_token_id": tokenizer.pad_id}
 
 
 def write(folder: str | Path, network: nn.Module, tokenizer: Tokenizer | None,
@@ -278,8 +135,9 @@ def write(folder: str | Path, network: nn.Module, tokenizer: Tokenizer | None,
     else:
         config = _changed(origin.config, type(written).from_dict(origin.config).to_dict(), config)
     files = origin.files if origin is not None and tokenizer is origin.tokenizer else {}
-    _write_folder(folder, fit.named_tensors(network), next(network.parameters()).dtype, config,
-                  generation_config, tokenizer, files)
+    dtype = next(network.parameters()).dtype
+    _write_folder(folder, state_dict.named_tensors(network), dtype, config, generation_config,
+                  tokenizer, files)
 
 
 def write_tensors(folder: str | Path, found: Survey, tensors: Mapping[str, Stored]) -> None:

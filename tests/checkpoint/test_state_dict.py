@@ -16,7 +16,10 @@ from hypothesis import strategies as st
 
 import vicugna
 from vicugna import checkpoint, models
-from vicugna.checkpoint import fit, weights
+from vicugna.checkpoint import state_dict
+from vicugna.checkpoint import stored as stored_tensors
+from vicugna.checkpoint.hf import weights
+from vicugna.checkpoint.stored import Mapped, raw_bytes
 from vicugna.errors import VicugnaError
 from vicugna.models import vicugna as architecture
 
@@ -148,7 +151,7 @@ def test_any_stack_survives(tmp_path_factory, count, rows, columns, dtype, rando
     found = list(weights.scan([folder / weights.SINGLE]).values())
     random.shuffle(order := list(range(count)))
     parts = [next(t for t in found if t.name == f"p{n}") for n in order]
-    read = weights.Mapped().read(parts, (count, rows, columns), dtype, torch.device("cpu"))
+    read = Mapped().read(parts, (count, rows, columns), dtype, torch.device("cpu"))
     assert torch.equal(read, whole[order])
 
 
@@ -160,7 +163,7 @@ def test_extra_tensors_are_kept_bit_for_bit(network, tmp_path):
     for name, tensor in network.extra_tensors.items():
         again = read.network.extra_tensors[name]
         assert again.dtype == tensor.dtype
-        assert weights.raw_bytes(again) == weights.raw_bytes(tensor)
+        assert raw_bytes(again) == raw_bytes(tensor)
     assert not any(name.startswith("later") for name in read.network.state_dict())
     checkpoint.write(tmp_path / "again", read.network, None)
     assert torch.equal(stored(tmp_path / "again")["later.a"], network.extra_tensors["later.a"])
@@ -304,10 +307,10 @@ def test_fp8_that_config_says_nothing_of(tmp_path):
 def test_large_weights_are_looked_at_when_the_network_first_runs(tmp_path, monkeypatch):
     save("llama", tmp_path / "m")
     at_once = vicugna.load(tmp_path / "m").logits([[3, 4, 5]])
-    monkeypatch.setattr(fit, "AT_ONCE", 0)
+    monkeypatch.setattr(state_dict, "AT_ONCE", 0)
     model = vicugna.load(tmp_path / "m")
-    looked = mock.Mock(wraps=weights._check)
-    monkeypatch.setattr(weights, "_check", looked)
+    looked = mock.Mock(wraps=stored_tensors._check)
+    monkeypatch.setattr(stored_tensors, "_check", looked)
     assert torch.equal(model.logits([[3, 4, 5]]), at_once)
     assert looked.call_count == len(stored(tmp_path / "m"))
     model.logits([[3]])
@@ -331,7 +334,9 @@ PEAKS = """
 import sys, torch
 from pathlib import Path
 from vicugna import checkpoint
-from vicugna.checkpoint import fit, weights
+from vicugna.checkpoint import state_dict
+from vicugna.checkpoint.hf import weights
+from vicugna.checkpoint.stored import Mapped
 
 def memory(what):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -343,7 +348,7 @@ for stem, dtype in (("plain", torch.bfloat16), ("plain", torch.float32), ("fp8",
     shape = (len(parts), *parts[0].shape)
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = memory("VmRSS")
-    whole = weights.Mapped().read(parts, shape, dtype, torch.device("cpu"))
+    whole = Mapped().read(parts, shape, dtype, torch.device("cpu"))
     print((memory("VmHWM") - before) / whole.nbytes)
     del whole
 """

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vicugna.checkpoint.weights import broken, short
+from vicugna.checkpoint.stored import broken, short
 from vicugna.errors import VicugnaError
 
 MAGIC = b"GGUF"

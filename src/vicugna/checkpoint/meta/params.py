@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, ValidationError
 
-from vicugna.checkpoint.weights import broken, short
+from vicugna.checkpoint.stored import broken, short
 from vicugna.errors import VicugnaError
 
 # Keys that mean another architecture, or weights in another form.

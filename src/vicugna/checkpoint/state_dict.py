@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from vicugna import models
-from vicugna.checkpoint.weights import Mapped, Stored, broken, short
+from vicugna.checkpoint.stored import Mapped, Stored, broken, short
 from vicugna.errors import VicugnaError
 
 LAYERS, EXPERTS = 400, 2**16  # more would only take time, or memory

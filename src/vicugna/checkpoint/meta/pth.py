@@ -17,8 +17,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from vicugna.checkpoint import weights
-from vicugna.checkpoint.weights import Stored, broken, short
+from vicugna.checkpoint.hf import weights
+from vicugna.checkpoint.stored import Stored, broken, short
 from vicugna.errors import VicugnaError
 
 # Five times those of Llama 4 Maverick; more only serve to use up time.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vicugna import models
-from vicugna.checkpoint.weights import broken, short
+from vicugna.checkpoint.stored import broken, short
 from vicugna.errors import VicugnaError
 from vicugna.models.layers import rope
 from vicugna.models.layers.attention import Span

@@ -1,0 +1,143 @@
+"""A GGUF file as a checkpoint.
+
+A config.json that the file carries (`vicugna.config`: we wrote it) is believed only if it says what
+GGUF's own keys say.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vicugna.checkpoint.folder import JSON_BYTES
+from vicugna.checkpoint.gguf import keys, vocabulary
+from vicugna.checkpoint.gguf.file import (
+    DTYPES,
+    F32,
+    Entry,
+    decode,
+    scan,
+)
+from vicugna.checkpoint.gguf.keys import ARCHITECTURES
+from vicugna.checkpoint.gguf.tensors import (
+    FREQUENCIES,
+    PLAIN,
+    Form,
+    forms,
+    our_name,
+)
+from vicugna.checkpoint.stored import Stored, broken, short
+from vicugna.checkpoint.survey import Survey, default_generation_config
+from vicugna.errors import VicugnaError
+
+EXPERTS = 2**12
+
+
+def recognises(path: Path) -> bool:
+    """Whether `path` is a file that is called what GGUF files are."""
+    return path.suffix.lower() == ".gguf" and path.is_file()
+
+
+def survey(path: Path) -> Survey:
+    """What a GGUF file says of itself, as if it were a Hugging Face folder.
+    Raises VicugnaError; OSError."""
+    metadata, entries = scan(path)
+    try:
+        config = _config(metadata, entries)
+        generation = json.loads(metadata.get("vicugna.generation_config", "null"))
+        tokenizer, files = vocabulary.restore(metadata, config, generation or {})
+        if generation is None:
+            generation = default_generation_config(tokenizer)
+            config = generation | config
+        return Survey(path, config, _tensors(config, entries, path), tokenizer, generation, files)
+    except VicugnaError as error:
+        raise VicugnaError(error.what, f"{path} {error.where}".strip(), error.fix) from error
+    except Exception as error:  # of keys of any type, and of the tokenizer library
+        raise broken(f"its keys make no model: {type(error).__name__} {short(str(error))}", path
+                     ) from error
+
+
+def _config(metadata: Mapping[str, Any], entries: Mapping[str, Entry]) -> dict[str, Any]:
+    """config.json: the one that we wrote, if GGUF's own keys say the same; else made from them."""
+    architecture = str(metadata.get("general.architecture"))
+    if architecture not in ARCHITECTURES.values():
+        raise VicugnaError(f"architecture {short(architecture)} is not read from GGUF", "",
+                           f"Known: {', '.join(sorted({*ARCHITECTURES.values()}))}")
+    found = {key.removeprefix(f"{architecture}."): keys.one(value)
+             for key, value in metadata.items() if key.startswith(f"{architecture}.")}
+    factors = decode(entries[FREQUENCIES]) if FREQUENCIES in entries else None
+    text = metadata.get("vicugna.config", "null")
+    if len(text) > JSON_BYTES:
+        raise broken(f"key vicugna.config has over {JSON_BYTES:,} characters", "")
+    written = json.loads(text)
+    for layers in (found.get("block_count"), written and written.get("num_hidden_layers")):
+        if type(layers) is int and layers > len(entries):  # or lists of them might fill memory
+            raise broken(f"it has {layers:,} layers, but only {len(entries):,} tensors", "")
+    if written is not None:
+        try:
+            said = {key: keys.one(value)
+                    for key, value in keys.hyperparameters(written).items()}
+            if (ARCHITECTURES[written["model_type"]] == architecture and said == found
+                    and keys.agree(keys.rope_factors(written), factors)):
+                return written
+        except VicugnaError:
+            pass
+    return keys.foreign_config(architecture, found, factors,
+                                    {name: entry.shape for name, entry in entries.items()})
+
+
+def _tensors(config: Mapping[str, Any], entries: Mapping[str, Entry], path: Path
+             ) -> dict[str, Stored]:
+    """The tensors by their Hugging Face names. Norms and biases, which are F32 in every file, take
+    the dtype of the matrices where it holds them exactly; the biases by which experts are chosen
+    are float32 in folders too."""
+    kinds = {entry.kind for entry in entries.values() if len(entry.shape) > 1} - {F32}
+    narrow = DTYPES.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32
+    lying, parts = forms(config), dict[str, list[Entry | None]]()
+    found: dict[str, Stored] = {}
+    for stored, entry in entries.items():
+        if stored == FREQUENCIES:
+            continue
+        name, inner, n, count = our_name(stored, config["model_type"])
+        if "*" in name and entry.shape[0] > EXPERTS:
+            raise broken(f"{entry.shape[0]:,} experts", f"tensor {short(stored)}")
+        parts.setdefault(name, [None] * count)[n] = entry
+        if None in parts[name]:
+            continue
+        whole = [part for part in parts.pop(name) if part is not None]
+        form = lying.get(inner, PLAIN)
+        for expert in range(entry.shape[0]) if "*" in name else [None]:
+            ours = name.replace("*", str(expert))
+            found[ours] = _stored(ours, path, whole, expert, form, narrow)
+    if parts:
+        raise broken(f"half of tensor {short(min(parts))} is missing", "")
+    return found
+
+
+def _stored(name: str, path: Path, entries: Sequence[Entry], expert: int | None, form: Form,
+            narrow: torch.dtype) -> Stored:
+    """A tensor of a folder that these entries hold, or an expert's part of one entry."""
+    kept = dtype = DTYPES.get(entries[0].kind, torch.float32)
+    for entry in entries[1:]:
+        kept = dtype = torch.promote_types(dtype, DTYPES.get(entry.kind, torch.float32))
+    if dtype != narrow and not name.endswith("e_score_correction_bias"):
+        values = [decode(entry, expert).to(kept) for entry in entries]
+        if all(torch.equal(part.to(narrow).to(kept), part) for part in values):
+            dtype = narrow
+    shapes = [entry.shape if expert is None else entry.shape[1:] for entry in entries]
+    if form is PLAIN and entries[0].kind in DTYPES and dtype == kept:  # as it lies
+        begin = entries[0].begin + (expert or 0) * math.prod(shapes[0]) * dtype.itemsize
+        return Stored(name, path, begin, dtype, shapes[0])
+    shape = shapes[0] if form is PLAIN else tuple(
+        form.join([torch.empty(shape, device="meta") for shape in shapes]).shape)
+    return Stored(name, path, entries[0].begin, dtype, shape,
+                  load=partial(_load, entries, expert, form, dtype))
+
+
+def _load(entries: Sequence[Entry], expert: int | None, form: Form, dtype: torch.dtype) -> Tensor:
+    return form.join([decode(entry, expert).to(dtype) for entry in entries]).contiguous()

@@ -1,0 +1,1 @@
+"""The files that Meta publishes its Llamas in."""

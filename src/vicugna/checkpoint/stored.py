@@ -1,0 +1,169 @@
+"""Tensors where they are stored, and how they are read: mapped, not copied.
+
+An FP8 tensor is stored with a float32 factor for each block of it, as DeepSeek V3 publishes its
+weights (arXiv 2412.19437, section 3.3).
+"""
+
+import math
+import mmap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vicugna.errors import VicugnaError
+
+FP8 = torch.float8_e4m3fn
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies, its dtype and its shape, as the header says.
+
+    An FP8 tensor's `scale` has one factor for each `block` (rows, columns) of it. Where a file does
+    not hold the tensor as it is, `load` makes it.
+    """
+
+    name: str
+    file: Path
+    begin: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    scale: "Stored | None" = None
+    block: tuple[int, int] = (1, 1)
+    load: Callable[[], Tensor] | None = field(default=None, compare=False)
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def kind(self) -> torch.dtype:
+        """The dtype that stands for what is stored: FP8 needs its factors, so it is bfloat16."""
+        return torch.bfloat16 if self.dtype == FP8 else self.dtype
+
+    @property
+    def where(self) -> str:
+        return where(self.file, self.name)
+
+
+def where(path: Path, name: str) -> str:
+    return f"{path} tensor {short(name)}"
+
+
+def broken(what: str, where: str | Path) -> VicugnaError:
+    """The error for a file that no correct writer makes."""
+    return VicugnaError(what, str(where), "Download or write the checkpoint again")
+
+
+def short(name: str) -> str:
+    """`name`, fit to stand in one line of an error whoever wrote it."""
+    return name if len(name) <= 120 and name.isprintable() else repr(name[:80]) + "..."
+
+
+class Mapped:
+    """Private mappings of safetensors files, by which their tensors are read.
+
+    Values that are not finite raise VicugnaError when they are read; with `later`, those of
+    tensors that stay mapped are not looked at before `check` is called.
+    """
+
+    def __init__(self, later: bool = False) -> None:
+        self._files: dict[Path, tuple[mmap.mmap, int]] = {}  # each with its address
+        self._later = later
+        self.unchecked: list[tuple[Tensor, Stored]] = []
+
+    def check(self) -> None:
+        """Look at the tensors that were left for later."""
+        for tensor, stored in self.unchecked:
+            _check(tensor, tensor, stored)
+        self.unchecked = []
+
+    def tensor(self, stored: Stored) -> Tensor:
+        """A tensor as it is stored: no copy, and a write to it touches this process only.
+        VicugnaError if the file has shrunk; OSError."""
+        if stored.load is not None:
+            return stored.load()
+        if not stored.nbytes:
+            return torch.empty(stored.shape, dtype=stored.dtype)
+        if stored.file not in self._files:
+            with open(stored.file, "rb") as file:
+                mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            begin = torch.frombuffer(mapping, dtype=torch.uint8, count=1).data_ptr()
+            self._files[stored.file] = mapping, begin
+        try:
+            flat = torch.frombuffer(self._files[stored.file][0], dtype=torch.uint8,
+                                    count=stored.nbytes, offset=stored.begin)
+        except ValueError as error:
+            raise broken(f"cannot be read: {error}", stored.where) from error
+        if stored.begin % stored.dtype.itemsize:  # not aligned to its elements
+            flat = flat.clone()
+        return flat.view(stored.dtype).view(stored.shape)
+
+    def read(self, parts: Sequence[Stored], shape: Sequence[int], dtype: torch.dtype,
+             device: torch.device) -> Tensor:
+        """The tensor of `shape` whose equal parts, in order, are `parts`.
+
+        A single part stored in that dtype stays mapped on the CPU. Otherwise parts are converted
+        one by one into the result, and their pages given back: memory holds the result and at
+        most one part more. VicugnaError for NaN, infinity and values that `dtype` cannot hold.
+        """
+        if len(parts) == 1 and parts[0].dtype == dtype and device.type == "cpu":
+            whole = self.tensor(parts[0])
+            self.unchecked.append((whole, parts[0]))
+            if not self._later:
+                self.check()
+            return whole.reshape(tuple(shape))
+        whole = torch.empty(tuple(shape), dtype=dtype, device=device)
+        for part, place in zip(parts, whole.view(len(parts), *parts[0].shape), strict=True):
+            source = self.tensor(part)
+            if part.scale is None:
+                place.copy_(source)
+            else:
+                _dequantise(place, source, self.tensor(part.scale), part.block)
+            _check(place, source, part)
+            self.forget(source)
+        return whole
+
+    def forget(self, tensor: Tensor) -> None:
+        """Let the system have the memory of a mapped tensor, or of a part of its rows, that is no
+        longer used. Nothing happens to other tensors."""
+        for mapping, address in self._files.values():
+            begin = tensor.data_ptr() - address
+            if 0 <= begin < len(mapping):
+                page = begin // mmap.PAGESIZE * mmap.PAGESIZE
+                mapping.madvise(mmap.MADV_DONTNEED, page, begin + tensor.nbytes - page)
+
+
+def _dequantise(place: Tensor, weight: Tensor, scale: Tensor, block: tuple[int, int]) -> None:
+    """place = weight * scale in float32, one row of blocks after the other; the last blocks of a
+    row or column may be cut off by the edge."""
+    rows, columns = block
+    for n, factors in enumerate(scale.to(place.device)):
+        band = slice(n * rows, (n + 1) * rows)
+        wide = factors.repeat_interleave(columns)[: weight.shape[1]]
+        place[band] = weight[band].to(place.device).float().mul_(wide)
+
+
+def _check(tensor: Tensor, source: Tensor, stored: Stored) -> None:
+    """Raise VicugnaError unless all values of `tensor`, made from `source`, are finite."""
+    # A sum is one pass at the speed of memory, and not finite if any value is not; of finite ones
+    # it may overflow. The smallest and the largest value are NaN if any is.
+    if (not tensor.numel() or math.isfinite(tensor.sum())
+            or all(map(math.isfinite, tensor.aminmax()))):
+        return
+    bad = int((~torch.isfinite(tensor)).sum())
+    if source.dtype != FP8 and bool(torch.isfinite(source).all()):
+        raise VicugnaError(f"{bad:,} of {tensor.numel():,} values are too large for {tensor.dtype}",
+                           stored.where, "Load it in the dtype it is stored in, or as float32")
+    raise VicugnaError(f"{bad:,} of {tensor.numel():,} values are NaN or infinite", stored.where,
+                       "Use a checkpoint from before the training diverged")
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, row-major; no copy if it is contiguous on the CPU."""
+    flat: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(flat)
