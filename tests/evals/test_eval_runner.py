@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from vicugna import checkpoint, evals, models, tokenizer
 from vicugna.engine import Sampling
 from vicugna.errors import VicugnaError
-from vicugna.evals.plan import in_order, planned, slices
-from vicugna.evals.runner import Local, Reply, run
+from vicugna.evals.plan import plan_item, sort_plan, split_batches
+from vicugna.evals.runner import LocalModel, Reply, run
 from vicugna.files import digest_of
 from vicugna.tasks import Difficulty, Item, split_seed
 
@@ -74,7 +74,7 @@ ECHO = {"echo": Echo()}
 
 
 def plan_of(n: int) -> list[evals.PlannedItem]:
-    return in_order(planned("g", Echo().item(seed, Difficulty()), 8, Words())  # type: ignore[arg-type]
+    return sort_plan(plan_item("g", Echo().item(seed, Difficulty()), 8, Words())  # type: ignore[arg-type]
                     for seed in range(n))
 
 
@@ -196,7 +196,7 @@ def test_edited_items_do_not_count(tmp_path: Path, change: str) -> None:
 def test_slices_hold_every_item_once_and_keep_to_the_limits(
         lengths: list[int], size: int, tokens: int) -> None:
     plan = [replace(plan_of(1)[0], prompt_tokens=length, max_new_tokens=1) for length in lengths]
-    batches = slices(plan, size, tokens)
+    batches = split_batches(plan, size, tokens)
     assert [item for batch in batches for item in batch] == plan
     for batch in batches:
         longest = max(item.prompt_tokens + 1 for item in batch)
@@ -276,6 +276,6 @@ def test_one_failing_prompt_does_not_take_its_batch_with_it(
 
     monkeypatch.setattr("vicugna.evals.runner.engine.generate", picky)
     short, long = ([{"role": "user", "content": "a " * k}] for k in (2, 90))
-    replies = Local(model).answer([short, long, short], [Sampling(max_new_tokens=2)] * 3)
+    replies = LocalModel(model).answer([short, long, short], [Sampling(max_new_tokens=2)] * 3)
     assert [reply.error for reply in replies] == [None, "RuntimeError: no", None]
     assert replies[0] == replies[2]

@@ -17,7 +17,7 @@ import pytest
 from vicugna import evals, tokenizer
 from vicugna.engine import Sampling
 from vicugna.errors import VicugnaError
-from vicugna.evals.runner import Reply, make
+from vicugna.evals.runner import Reply, make_item
 from vicugna.files import digest_of, write_json
 from vicugna.ledger import Ledger
 from vicugna.release.report import write_report
@@ -42,7 +42,7 @@ class Scripted:
 
     def __init__(self, plan: Sequence[evals.PlannedItem], share: float) -> None:
         self.digest, self.share, self.answers = digest_of(share), share, {}
-        for item in map(make, plan):
+        for item in map(make_item, plan):
             assert not isinstance(item, str)
             self.answers[item.messages[-1]["content"]] = item.answer
 

@@ -115,7 +115,7 @@ def test_worker_refuses_when_full_and_forgets_those_who_leave(
             running.check()
             tasks.append(asyncio.create_task(collect(running.run(endless))))
             await asyncio.sleep(0)
-        with pytest.raises(ApiError, match="too much"):
+        with pytest.raises(ApiError, match="queue is full"):
             running.check()
         tasks[0].cancel()
         tasks[-1].cancel()

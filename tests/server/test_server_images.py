@@ -60,7 +60,7 @@ def test_a_real_client_shows_pictures(seeing: SimpleNamespace) -> None:
     ([said("a"), shown(url(encoded(HILL)[:-99]))], "messages[0].content[1]"),
     ([shown(url(encoded(HILL)), detail="low")], "detail"), ([shown(3)], "parts must"),
     ([{"type": "image", "path": "/etc/hostname"}], "parts must"),
-    ([shown(url(encoded(HILL)))] * (MAX_IMAGES + 1), f"more than {MAX_IMAGES} pictures"),
+    ([shown(url(encoded(HILL)))] * (MAX_IMAGES + 1), f"more than {MAX_IMAGES} images"),
     ([shown(url(encoded(picture(96, 96))))] * MAX_IMAGES, "context holds 2048"),
     ([shown(url(encoded(picture(9, 9).resize((7072, 7072)))))], "7072 * 7072 pixels")])
 def test_bad_pictures_are_explained(seeing: SimpleNamespace, parts: list[Any], says: str) -> None:

@@ -1,4 +1,4 @@
-"""The `vicugna` command: one file a verb, and how every verb ends."""
+"""The `vicugna` command line: one file per verb; exit codes and error lines."""
 
 import os
 import signal
@@ -26,7 +26,7 @@ from vicugna.errors import VicugnaError
 from vicugna.files import storage_error
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-                  help="Raise an open language model from data to release, and prove what it can.")
+                  help="Train, evaluate, release and serve Llama-class language models.")
 for verb in (run, train, chat, serve, release, verify, ledger, bench, info, plan,
              convert):
     app.command()(verb)
@@ -57,23 +57,23 @@ def main() -> NoReturn:
             sys.exit(code if isinstance(code, int) else 0)
         raise KeyboardInterrupt  # which Typer had caught
     except VicugnaError as error:
-        _end(str(error), error.exit_code)
+        _exit(str(error), error.exit_code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except (Exception, KeyboardInterrupt) as error:
-        if interrupts:  # an import that was interrupted may raise anything
-            _end("interrupted. Give the same command again: a run goes on from here", 130)
+        if interrupts:  # an interrupted import may raise anything
+            _exit("interrupted. A run resumes where it stopped: repeat the command", 130)
         if isinstance(error, OSError):
-            _end(str(storage_error(error, error.filename or "a file")), 2)
+            _exit(str(storage_error(error, error.filename or "a file")), 2)
         format_message = getattr(error, "format_message", None)
         if format_message is None:
-            _end(f"unexpected {type(error).__name__}: {error}. Run with --debug for the place, "
+            _exit(f"unexpected {type(error).__name__}: {error}. Run with --debug for the place, "
                  "and please report it", 2)
-        _end(format_message(), 2)
+        _exit(format_message(), 2)
 
 
-def _end(line: str, code: int) -> NoReturn:
+def _exit(line: str, code: int) -> NoReturn:
     if os.environ.get("VICUGNA_DEBUG"):
         raise  # it is called while an exception is handled
     print(f"vicugna: {' '.join(line.split())}", file=sys.stderr)

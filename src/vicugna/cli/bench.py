@@ -1,4 +1,4 @@
-"""`vicugna bench`: the side-by-side benchmarks of the repository."""
+"""`vicugna bench`: the repository's side-by-side benchmarks."""
 
 import subprocess
 import sys

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from vicugna.model import Model
 
 HELP = """\
-/reset           begin a new conversation
-/system TEXT     set the system prompt and begin anew (no TEXT: remove it)
-/help            this list
-/exit            leave (or Ctrl-D)
-Ctrl-C           stop the answer; at the prompt, twice to leave"""
+/reset           start a new conversation
+/system TEXT     set the system prompt and start anew (no TEXT: remove it)
+/help            show this list
+/exit            quit (or Ctrl-D)
+Ctrl-C           stop the reply; at the prompt, twice to quit"""
 DIM, BOLD, PLAIN = "\033[2m", "\033[1m", "\033[0m"
-# Without control characters, so that a model cannot drive the terminal.
+# Control characters are replaced, so that a model cannot control the terminal.
 _visible = partial(re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]").sub, "\N{REPLACEMENT CHARACTER}")
 
 
@@ -39,16 +39,16 @@ class Chat:
 
 def chat(
     model: output.ModelArgument,
-    once: Annotated[str | None, typer.Option(help="Answer this one message and end.")] = None,
+    once: Annotated[str | None, typer.Option(help="Reply to this one message and exit.")] = None,
     system: Annotated[str, typer.Option(help="System prompt.")] = "",
-    max_new_tokens: Annotated[int, typer.Option(min=0, help="0: to the context's end.")] = 0,
-    temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest.")] = 0.7,
-    top_p: Annotated[float, typer.Option(help="Sample from this share of the mass.")] = 1.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Sample from this many; 0: off.")] = 0,
-    seed: Annotated[int, typer.Option(min=0, help="Makes sampling repeatable.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=0, help="0: up to the context length.")] = 0,
+    temperature: Annotated[float, typer.Option(min=0, help="0: greedy decoding.")] = 0.7,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling: probability mass.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample from this many tokens; 0: off.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampler.")] = 0,
     dtype: output.Dtype = "float32",
     device: output.Device = "cpu",
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per answer.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per reply.")] = False,
 ) -> None:
     """Talk to MODEL. In a pipe, each line of standard input is one message."""
     from vicugna.engine import Sampling
@@ -57,16 +57,16 @@ def chat(
     sampling = Sampling(max_new_tokens or sys.maxsize, temperature, top_k, top_p, seed=seed)
     conversation = Chat(load(model, dtype, device), sampling, system)
     if once is None and sys.stdin.isatty() and not as_json:
-        return _talk(conversation)
+        return _interactive(conversation)
     try:
         for text in filter(None, map(str.strip, sys.stdin if once is None else [once])):
-            _obey(conversation, text, as_json)
+            _handle(conversation, text, as_json)
     except UnicodeDecodeError as error:
         raise VicugnaError("not UTF-8 text", "standard input", "Send UTF-8") from error
 
 
-def _talk(conversation: Chat) -> None:
-    """The interactive loop: errors are shown and the conversation goes on."""
+def _interactive(conversation: Chat) -> None:
+    """The interactive loop; an error is printed and the conversation continues."""
     import readline  # noqa: F401 - gives input() editing and history
     print("Type /help for the commands.", file=sys.stderr)
     leaving = False  # after Ctrl-C at the prompt
@@ -76,18 +76,18 @@ def _talk(conversation: Chat) -> None:
             text = input(f"\001{BOLD}\002> \001{PLAIN}\002").strip()
             leaving = False
             if text:
-                _obey(conversation, text)
+                _handle(conversation, text)
         except (EOFError, KeyboardInterrupt) as end:
             if leaving or isinstance(end, EOFError):
                 return print()
             leaving = text is None
-            print("\nCtrl-C again leaves." if leaving else f"{PLAIN}\nStopped.", file=sys.stderr)
+            print("\nCtrl-C again to quit." if leaving else f"{PLAIN}\nStopped.", file=sys.stderr)
         except VicugnaError as error:
             print(f"{error}{' (/reset)' if conversation.turns else ''}.", file=sys.stderr)
 
 
-def _obey(conversation: Chat, text: str, as_json: bool = False) -> None:
-    """Do what a line says: a command or a message."""
+def _handle(conversation: Chat, text: str, as_json: bool = False) -> None:
+    """Handle one line of input: a command or a message."""
     name, _, rest = text.partition(" ")
     if name in ("/exit", "/quit"):
         raise typer.Exit
@@ -98,13 +98,13 @@ def _obey(conversation: Chat, text: str, as_json: bool = False) -> None:
         if name == "/system":
             conversation.system = rest.strip()
             print(f"System prompt {'set' if rest.strip() else 'removed'}.", file=sys.stderr)
-        print("A new conversation.", file=sys.stderr)
+        print("New conversation.", file=sys.stderr)
     else:
-        _answer(conversation, text, as_json)
+        _reply(conversation, text, as_json)
 
 
-def _answer(chat: Chat, text: str, as_json: bool) -> None:
-    """Print one answer: as it comes (reasoning only on a terminal), or at its end as JSON."""
+def _reply(chat: Chat, text: str, as_json: bool) -> None:
+    """Print one reply: streamed (reasoning on a terminal only), or whole as JSON."""
     from vicugna.chat.replies import read_chat, reply
 
     system = [{"role": "system", "content": chat.system}] if chat.system else []
@@ -120,10 +120,10 @@ def _answer(chat: Chat, text: str, as_json: bool) -> None:
             elif not as_json:
                 print(new, end="", flush=True)
             answer, tokens = answer + new, tokens + len(delta.tokens)
-    finally:  # also when stopped half way
+    finally:  # also when interrupted
         if answer:
             chat.turns += [user, {"role": "assistant", "content": answer}]
     print(json.dumps({"text": answer, "reasoning": thoughts or None, "tokens": tokens,
                       "finish_reason": delta.finish_reason}) if as_json else "", flush=True)
     if delta.finish_reason == "length":
-        print("(cut off at the token limit)", file=sys.stderr)
+        print("(truncated at the token limit)", file=sys.stderr)

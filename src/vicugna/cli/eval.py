@@ -1,4 +1,4 @@
-"""`vicugna eval`: scores with error bars, every item accounted for."""
+"""`vicugna eval`: scores with error bars; every planned item counts."""
 
 import os
 from pathlib import Path
@@ -12,16 +12,17 @@ from vicugna.errors import VicugnaError
 
 def evaluate(
     model: output.ModelArgument,
-    items: Annotated[Path | None, typer.Option(help="Your own questions, JSONL: messages or "
-                                               "prompt, answers, context_file, task.")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="The recipe whose eval to ask.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Results; WORKSPACE/evals/DIGEST.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="For --items: per answer.")] = 128,
-    batch: Annotated[int, typer.Option(min=1, help="For --items: questions asked at once.")] = 32,
+    items: Annotated[Path | None, typer.Option(help="Your own questions (JSONL): prompt or "
+                                               "messages, answers, context_file, task.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="A recipe: ask its eval groups.")] = None,
+    out: Annotated[Path | None, typer.Option(
+        help="Results folder; default: WORKSPACE/evals/DIGEST.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="--items: tokens per reply.")] = 128,
+    batch: Annotated[int, typer.Option(min=1, help="--items: batch size.")] = 32,
     dtype: output.Dtype = "float32",
     device: output.Device = "cpu",
     workspace: Annotated[Path, typer.Option(envvar="VICUGNA_WORKSPACE",
-                                            help="Where the ledger is.")] = Path("runs"),
+                                            help="Folder of the ledger.")] = Path("runs"),
     as_json: output.Json = False,
 ) -> None:
     """Score MODEL on a recipe's tasks (--recipe) or on your own items (--items)."""

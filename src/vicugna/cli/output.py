@@ -1,4 +1,4 @@
-"""What verbs print: one JSON object on standard output, or tables for people."""
+"""What verbs print: one JSON object, or tables."""
 
 import json
 import sys
@@ -41,7 +41,8 @@ def table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]], right:
 
 def scores(title: str, rows: Iterable["Row"]) -> None:
     """An evaluation's table."""
-    table(title, ("group", "task", "difficulty", "n", "accuracy", "95% interval", "err", "cut"),
-          ((row.group, row.task, row.difficulty, str(row.n), f"{row.accuracy:.1%}",
-            f"{row.low:.1%} - {row.high:.1%}", str(row.error), str(row.truncated))
-           for row in rows), right=3)
+    head = "group", "task", "difficulty", "n", "accuracy", "95% interval", "error", "truncated"
+    table(title, head, (
+        (row.group, row.task, row.difficulty, str(row.n), f"{row.accuracy:.1%}",
+         f"{row.low:.1%} - {row.high:.1%}", str(row.error), str(row.truncated))
+        for row in rows), right=3)

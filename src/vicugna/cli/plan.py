@@ -1,4 +1,4 @@
-"""`vicugna plan`: what a model will cost in memory, time and GPUs."""
+"""`vicugna plan`: memory, time and GPUs that a model needs."""
 
 import math
 import textwrap
@@ -29,11 +29,11 @@ def plan(
                                          "assumption.")] = 2.0,
     as_json: output.Json = False,
 ) -> None:
-    """Memory, FLOPs, GPUs and cost of MODEL, from its config alone.
+    """Estimate memory, FLOPs, GPUs and cost of MODEL from its config alone.
 
     Forward FLOPs of a token: 2 x multiplied parameters, and for each layer and
     token seen 2 x heads x (key + value width); training takes 3 times that.
-    Training state: 16 bytes a parameter. GPUs: memory / (0.9 x memory of one),
+    Training state: 16 bytes per parameter. GPUs: memory / (0.9 x memory of one),
     as 1, 2, 4, 8 or whole nodes of 8. Time of a token: FLOPs / peak to read a
     prompt or to train; to write, the longer of FLOPs / peak and bytes read /
     bandwidth; peaks times --utilisation. No traffic between GPUs is counted.
@@ -83,7 +83,7 @@ def _show(subject: "Subject", made: "Plan") -> None:
             ("write (decode)", made.gpus(made.dtype), made.decode),
             ("train (bf16)", made.training_gpus, made.training))])
     if subject.context and made.context > subject.context:
-        print(f"Its context is {subject.context:,} tokens: it was not made for {made.context:,}.")
+        print(f"Its context is {subject.context:,} tokens: it does not support {made.context:,}.")
     if subject.note:
         print(textwrap.fill(subject.note, 78))
 

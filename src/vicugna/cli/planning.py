@@ -1,7 +1,7 @@
-"""What a model takes before there is one: memory, FLOPs, GPUs, time and money.
+"""Estimates of memory, FLOPs, GPUs, time and cost from a config.
 
 Rooflines from published peaks (Williams et al., CACM 52(4), 2009), not measurements. The formulas
-are in docs/guide.md, in the words of these functions.
+are in docs/guide.md, under the names used here.
 """
 
 import difflib
@@ -40,13 +40,13 @@ class Gpu:
     source: str
 
     def peak(self, dtype: str) -> float:
-        """What multiplies weights of `dtype`: those it has no faster unit for are made bf16."""
+        """Peak for weights of `dtype`; bf16's where the GPU has no faster unit for that dtype."""
         return self.peaks.get(dtype, self.peaks["bf16"])
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is planned: a config.json's content, and where it comes from."""
+    """The model: the content of its config.json and where that was found."""
 
     name: str
     source: str
@@ -55,7 +55,7 @@ class Subject:
 
     @property
     def context(self) -> int | None:
-        """Tokens that it was made for, if its config says so."""
+        """The context length, if the config states it."""
         section = self.config.get("text_config") or self.config
         length = section.get("max_position_embeddings") if isinstance(section, dict) else None
         return length if type(length) is int and length > 0 else None
@@ -63,7 +63,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Work:
-    """One kind of work on all GPUs: tokens a second, and what a million tokens take."""
+    """One workload on all GPUs: tokens per second, and the cost of a million tokens."""
 
     tokens_per_second: float
     gpu_hours_per_million: float
@@ -74,7 +74,7 @@ class Work:
 @dataclass(frozen=True)
 class Plan:
     """`batch` sequences of `context` tokens, on the smallest number of `gpu` that holds weights of
-    `dtype` and their cache; `utilisation` is the part of each peak that is reached."""
+    `dtype` and the KV cache; `utilisation` is the fraction of each peak that is reached."""
 
     counts: Counts
     gpu: Gpu
@@ -89,37 +89,37 @@ class Plan:
         return self.counts.total * WEIGHT_BYTES[dtype]
 
     def cache(self, tokens: int, dtype: str) -> int:
-        """Bytes of one sequence's keys and values: bf16, but fp32 with weights of fp32."""
+        """Bytes of one sequence's KV cache: bf16, or fp32 with fp32 weights."""
         return self.counts.cached(tokens) * (4 if dtype == "fp32" else 2)
 
     def gpus(self, dtype: str) -> int:
-        """The smallest number that serves the batch with weights of `dtype`."""
+        """The smallest number of GPUs that serves the batch with weights of `dtype`."""
         return self._fit(self.weights(dtype) + self.batch * self.cache(self.context, dtype))
 
     @property
     def state(self) -> int:
-        """Bytes of weights, gradients and AdamW's moments."""
+        """Bytes of weights, gradients and AdamW moments."""
         return self.counts.total * STATE_BYTES
 
     @property
     def training_gpus(self) -> int:
-        """The smallest number that holds the training state, sharded evenly."""
+        """The smallest number of GPUs that holds the training state, sharded evenly."""
         return self._fit(self.state)
 
     def _fit(self, need: float) -> int:
-        """1, 2, 4 or 8 GPUs, or whole nodes of 8, the load being split evenly."""
+        """1, 2, 4 or 8 GPUs, or whole nodes of 8, with `need` bytes split evenly."""
         n = max(1, math.ceil(need / (self.gpu.memory * (1 - RESERVED))))
         return 1 << (n - 1).bit_length() if n <= NODE else -(-n // NODE) * NODE
 
     @cached_property
     def prefill(self) -> Work:
-        """Reading a prompt of `context` tokens: as many tokens at once as keep the units busy."""
+        """Prefill of a prompt of `context` tokens: compute-bound."""
         seconds = self.counts.flops(self.context) / self.gpu.peak(self.dtype)
         return self._work(seconds, self.gpus(self.dtype), "compute")
 
     @cached_property
     def decode(self) -> Work:
-        """Writing: a step gives each sequence a token, reads the weights once and all caches."""
+        """Decode: a step yields a token per sequence and reads the weights once and all caches."""
         moved = (self.counts.read(self.batch) * WEIGHT_BYTES[self.dtype]
                  + self.batch * self.cache(self.context, self.dtype)) / self.gpu.bandwidth
         flops = self.batch * self.counts.decode_flops(self.context) / self.gpu.peak(self.dtype)
@@ -128,17 +128,17 @@ class Plan:
 
     @cached_property
     def training(self) -> Work:
-        """Training on sequences of `context` tokens, products in bf16."""
+        """Training on sequences of `context` tokens, matrix products in bf16."""
         seconds = 3 * self.counts.flops(self.context) / self.gpu.peak("bf16")
         return self._work(seconds, self.training_gpus, "compute")
 
     def _work(self, seconds: float, gpus: int, bound: str) -> Work:
-        """From what one token takes one GPU at its peaks."""
+        """From the seconds that one token takes on one GPU at its peaks."""
         hours = seconds / self.utilisation / 3600
         return Work(gpus / (hours * 3600), 1e6 * hours, 1e6 * hours * self.price, bound)
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it for machines: sizes in bytes, rates a second."""
+        """The plan as JSON: sizes in bytes, rates per second."""
         counts = self.counts
         return {
             "parameters": {key: getattr(counts, key)
@@ -161,7 +161,7 @@ class Plan:
 
 def plan(of: Subject, gpu: str = "h100", dtype: str = "bf16", context: int = 8192,
          batch: int = 32, utilisation: float = 0.5, price: float = 2.0) -> Plan:
-    """The plan for a model. VicugnaError for a config or words that it does not know."""
+    """The plan for a model. VicugnaError for an unknown config, GPU or dtype."""
     kinds = _published()["gpus"]
     if gpu.lower() not in kinds:
         raise VicugnaError(f"unknown GPU {gpu!r}", "--gpu", nearest(gpu, kinds))
@@ -181,8 +181,8 @@ def plan(of: Subject, gpu: str = "h100", dtype: str = "bf16", context: int = 819
 
 
 def subject(what: str) -> Subject:
-    """The model that `what` names: one of published.yaml, by name or by its source's Hub id; a
-    config.json, a checkpoint in any form, or a recipe (.yaml). VicugnaError otherwise."""
+    """The model that `what` names: one of published.yaml by name or Hub id, a config.json, a
+    checkpoint in any format, or a recipe (.yaml). VicugnaError otherwise."""
     known, wanted = _published()["models"], what.lower().replace("-instruct", "")
     for name, model in known.items():
         if wanted in (name, model["source"].lower().replace("-instruct", "")):

@@ -14,9 +14,9 @@ def serve(
     model: output.ModelArgument,
     host: Annotated[str, typer.Option(help="Address to bind.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to bind; 0 picks a free one.")] = 8000,
-    name: Annotated[str | None, typer.Option(help="The model's id; its folder's name.")] = None,
+    name: Annotated[str | None, typer.Option(help="Model id; default: MODEL's name.")] = None,
     api_key: Annotated[str | None, typer.Option(
-        envvar="VICUGNA_API_KEY", help="Key for clients; needed beyond this machine.")] = None,
+        envvar="VICUGNA_API_KEY", help="API key; required beyond loopback.")] = None,
     dtype: output.Dtype = "float32",
     device: output.Device = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object when ready.")] = False,

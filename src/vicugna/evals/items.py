@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import BaseModel, Field, ValidationError
 
 from vicugna.errors import VicugnaError
-from vicugna.evals.plan import PlannedItem, in_order, planned
+from vicugna.evals.plan import PlannedItem, plan_item, sort_plan
 from vicugna.files import canonical, read_text
 from vicugna.tasks import Difficulty, Item
 from vicugna.tokenizer import Tokenizer, check_messages
@@ -58,7 +58,7 @@ def plan_items(path: str | Path, tokenizer: Tokenizer, max_new_tokens: int = 128
                ) -> tuple[list[PlannedItem], UserItems]:
     """Plan all items of a user's file; the task goes to run(own_tasks={task.name: task})."""
     task = UserItems(path)
-    return in_order(planned(item.metadata["group"], item, max_new_tokens, tokenizer)
+    return sort_plan(plan_item(item.metadata["group"], item, max_new_tokens, tokenizer)
                     for item in task.items), task
 
 

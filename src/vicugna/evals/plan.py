@@ -1,4 +1,4 @@
-"""What will be asked, frozen before the first token: the denominator of every score."""
+"""The evaluation plan: the items, frozen before the first token; the denominator of all scores."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -97,14 +97,15 @@ def build_plan(groups: Iterable[Mapping[str, Any]], tokenizer: Tokenizer) -> lis
         for index in range(spec.n):
             seed, difficulty = tasks.split_seed(spec.split, index), spec.difficulty
             if spec.length_tokens:
-                difficulty = _fitted(task, seed, replace(difficulty, length=guess), spec, tokenizer)
+                difficulty = _fit_length(task, seed, replace(difficulty, length=guess), spec,
+                                         tokenizer)
                 guess = difficulty.length
-            plan.append(planned(spec.group, task.item(seed, difficulty), spec.max_new_tokens,
+            plan.append(plan_item(spec.group, task.item(seed, difficulty), spec.max_new_tokens,
                                 tokenizer, spec.length_tokens))
-    return in_order(plan)
+    return sort_plan(plan)
 
 
-def planned(group: str, item: Item, max_new_tokens: int, tokenizer: Tokenizer,
+def plan_item(group: str, item: Item, max_new_tokens: int, tokenizer: Tokenizer,
             length_tokens: int = 0) -> PlannedItem:
     """Plan to ask `item`; metadata["cluster"], where a task gives it, names what it shares."""
     return PlannedItem(group, item.task, item.seed, item.difficulty, max_new_tokens, length_tokens,
@@ -112,7 +113,7 @@ def planned(group: str, item: Item, max_new_tokens: int, tokenizer: Tokenizer,
                        digest_of(item.messages))
 
 
-def in_order(plan: Iterable[PlannedItem]) -> list[PlannedItem]:
+def sort_plan(plan: Iterable[PlannedItem]) -> list[PlannedItem]:
     """The plan by length of prompt; VicugnaError if it is empty or a row counts an item twice."""
     plan = sorted(plan, key=lambda item: (item.prompt_tokens, item.max_new_tokens, item.id))
     if not plan:
@@ -124,7 +125,7 @@ def in_order(plan: Iterable[PlannedItem]) -> list[PlannedItem]:
     return plan
 
 
-def slices(plan: Sequence[PlannedItem], batch_size: int, batch_tokens: int
+def split_batches(plan: Sequence[PlannedItem], batch_size: int, batch_tokens: int
            ) -> list[list[PlannedItem]]:
     """The plan in consecutive batches of at most `batch_size` items and, unless one item alone has
     more, `batch_tokens` tokens of prompts and replies, padding included."""
@@ -139,7 +140,7 @@ def slices(plan: Sequence[PlannedItem], batch_size: int, batch_tokens: int
     return batches
 
 
-def _fitted(task: Task, seed: int, difficulty: Difficulty, spec: Spec,
+def _fit_length(task: Task, seed: int, difficulty: Difficulty, spec: Spec,
             tokenizer: Tokenizer) -> Difficulty:
     """The difficulty with a length, in characters, that fills `spec.length_tokens` tokens."""
     target, low, high, nearest = spec.length_tokens, 0, 0, 0

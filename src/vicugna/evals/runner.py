@@ -23,7 +23,7 @@ import torch
 from vicugna import engine
 from vicugna.engine import Sampling
 from vicugna.errors import VicugnaError
-from vicugna.evals.plan import PlannedItem, plan_digest, slices
+from vicugna.evals.plan import PlannedItem, plan_digest, split_batches
 from vicugna.evals.results import Results, read_records
 from vicugna.files import canonical, digest_of, disk_errors, owned, read_json, write_json
 from vicugna.tasks import TASKS, Item, Task
@@ -45,7 +45,7 @@ class Reply:
     error: str | None = None
 
 
-class Local:
+class LocalModel:
     """Answers with a model that has network, tokenizer and digest. The runner uses only `answer`,
     `digest`, `precision` and `platform`: where exactly the same answers can be expected again."""
 
@@ -77,7 +77,7 @@ class Local:
         try:
             done = engine.generate(self.network, self.tokenizer, prompts, samplings)
         except Exception as error:
-            fault = _items_fault(error)
+            fault = _item_error(error)
             if len(asked) == 1:
                 return [Reply(error=fault)]
             # One bad prompt must not take its batch with it.
@@ -92,12 +92,13 @@ def run(model: Any, plan: Sequence[PlannedItem], folder: str | Path, *, batch_si
         progress: Callable[[int, int], None] = lambda done, total: None) -> Results:
     """Ask every item of `plan` and write folder/{plan.json, items.jsonl, results.json}.
 
-    `model` is a loaded one, or anything that answers as `Local` does; max_new_tokens and seed are
-    set per item; `own_tasks` come before vicugna.tasks; `progress(done, total)` counts items.
+    `model` is a loaded one, or anything with the interface of `LocalModel`; max_new_tokens and
+    seed are set per item; `own_tasks` take precedence over vicugna.tasks; `progress(done, total)`
+    counts items.
     Raises VicugnaError when the folder holds another evaluation.
     """
     folder, path = Path(folder), Path(folder) / "items.jsonl"
-    answerer = model if hasattr(model, "answer") else Local(model)
+    answerer = model if hasattr(model, "answer") else LocalModel(model)
     identity = json.loads(canonical({  # as it will be read back: tuples become lists
         "model_digest": answerer.digest, "plan_digest": plan_digest(plan),
         "precision": answerer.precision, "batch_size": batch_size, "batch_tokens": BATCH_TOKENS,
@@ -110,10 +111,10 @@ def run(model: Any, plan: Sequence[PlannedItem], folder: str | Path, *, batch_si
             if not isinstance(earlier, dict) or earlier.get(key) != value:
                 raise VicugnaError(f"it holds an evaluation with another {key.replace('_', ' ')}",
                                    str(folder), "Choose another folder, or remove this one")
-        records, left = _finished(path, slices(plan, batch_size, BATCH_TOKENS))
+        records, left = _resume(path, split_batches(plan, batch_size, BATCH_TOKENS))
         progress(len(records), len(plan))
         for batch in left:
-            new = ask(answerer, batch, sampling, {**TASKS, **(own_tasks or {})})
+            new = run_batch(answerer, batch, sampling, {**TASKS, **(own_tasks or {})})
             with disk_errors(path), open(path, "ab") as file:
                 file.write(b"".join(canonical(record) + b"\n" for record in new))
                 file.flush()
@@ -125,10 +126,10 @@ def run(model: Any, plan: Sequence[PlannedItem], folder: str | Path, *, batch_si
     return results
 
 
-def ask(answerer: Any, batch: Sequence[PlannedItem], sampling: Sampling,
+def run_batch(answerer: Any, batch: Sequence[PlannedItem], sampling: Sampling,
         known: Tasks = TASKS) -> list[dict[str, Any]]:
     """Ask one batch of known tasks and score it: a record for each item, in order."""
-    made = [make(item, known) for item in batch]
+    made = [make_item(item, known) for item in batch]
     asked = [(item.messages, replace(
         sampling, max_new_tokens=planned.max_new_tokens,
         seed=int(digest_of([sampling.seed, planned.id])[:12], 16)))
@@ -139,23 +140,23 @@ def ask(answerer: Any, batch: Sequence[PlannedItem], sampling: Sampling,
         reply, expected = (next(replies), item.answer) if isinstance(item, Item) else (
             Reply(error=item), None)
         records.append({**asdict(planned), "id": planned.id, "expected": expected,
-                        **asdict(reply), **judge(item, reply, known)})
+                        **asdict(reply), **score_reply(item, reply, known)})
     return records
 
 
-def make(planned: PlannedItem, known: Tasks = TASKS) -> Item | str:
+def make_item(planned: PlannedItem, known: Tasks = TASKS) -> Item | str:
     """The question, or what failed while making it; VicugnaError if it is not as it was planned."""
     try:
         item = known[planned.task].item(planned.seed, planned.difficulty)
     except Exception as error:
-        return _items_fault(error)
+        return _item_error(error)
     if digest_of(item.messages) != planned.question_digest:
         raise VicugnaError(f"seed {planned.seed} no longer makes the planned question",
                            f"task {planned.task!r}", "Use the version that made the plan")
     return item
 
 
-def judge(item: Item | str, reply: Reply, known: Tasks = TASKS) -> dict[str, Any]:
+def score_reply(item: Item | str, reply: Reply, known: Tasks = TASKS) -> dict[str, Any]:
     """A reply's outcome, score and error message; the latter two are None where there is none."""
     outcome, score, fault = "error", None, reply.error
     if reply.finish_reason == "length":
@@ -167,11 +168,11 @@ def judge(item: Item | str, reply: Reply, known: Tasks = TASKS) -> dict[str, Any
                 raise ValueError(f"the score {score} is not between 0 and 1")
             outcome = "right" if score == 1 else "wrong"
         except Exception as error:
-            score, fault = None, _items_fault(error)
+            score, fault = None, _item_error(error)
     return {"outcome": outcome, "score": score, "error": fault}
 
 
-def _items_fault(error: Exception) -> str:
+def _item_error(error: Exception) -> str:
     """The message to keep of an item's error. What the machine failed in is raised again."""
     text = str(error)
     if (isinstance(error, MemoryError | OSError | torch.OutOfMemoryError)
@@ -180,7 +181,7 @@ def _items_fault(error: Exception) -> str:
     return text if isinstance(error, VicugnaError) else f"{type(error).__name__}: {text}"
 
 
-def _finished(path: Path, batches: list[list[PlannedItem]]
+def _resume(path: Path, batches: list[list[PlannedItem]]
               ) -> tuple[list[dict[str, Any]], list[list[PlannedItem]]]:
     """The records of finished batches, and the batches left; a part of one is cut off the file."""
     with disk_errors(path):

@@ -23,7 +23,7 @@ from markupsafe import Markup
 from vicugna import models
 from vicugna.errors import VicugnaError
 from vicugna.evals import PlannedItem, Results, Row, read_results
-from vicugna.evals.runner import make
+from vicugna.evals.runner import make_item
 from vicugna.files import read_json, storage_error, write_text
 from vicugna.ledger import Ledger
 
@@ -157,7 +157,7 @@ def _samples(scored: Sequence[Scored]) -> list[dict[str, Any]]:
                 name: other for name, _, records in scored for other in records
                 if other["id"] == record["id"]}}
             with suppress(VicugnaError):  # another version may not make this question
-                found[key]["item"] = make(planned)
+                found[key]["item"] = make_item(planned)
     return [found[key] for key in sorted(found, key=lambda key: key[0])]
 
 

@@ -15,8 +15,8 @@ from vicugna import tasks
 from vicugna.engine import Sampling
 from vicugna.errors import Refused, VicugnaError
 from vicugna.evals import PlannedItem, Results
-from vicugna.evals.plan import slices
-from vicugna.evals.runner import Local, Reply, ask, judge, make
+from vicugna.evals.plan import split_batches
+from vicugna.evals.runner import LocalModel, Reply, make_item, run_batch, score_reply
 from vicugna.ledger import Attempt, intact, lineage
 from vicugna.release.contents import Contents, card, files_in, manifest, read_manifest
 
@@ -105,10 +105,10 @@ def _items(release: Contents) -> str:
 
 
 def _judge_again(planned: PlannedItem, record: dict[str, Any]) -> None:
-    item = make(planned)
+    item = make_item(planned)
     due = {"outcome": "error", "score": None, "error": record["error"] or "a message is missing"}
     if record["finish_reason"] and not isinstance(item, str):
-        due = judge(item, Reply(record["response"], finish_reason=record["finish_reason"]))
+        due = score_reply(item, Reply(record["response"], finish_reason=record["finish_reason"]))
     if any(record[key] != value for key, value in due.items()):
         raise Refused(f"recorded as {record['outcome']}, but the reply is {due['outcome']}",
                       f"item {planned.id}")
@@ -148,10 +148,10 @@ def _digest(release: Contents) -> str:
 
 
 def _sample(release: Contents, sample: int, progress: Progress) -> str:
-    answerer, drawn = Local(release.model), _draw(release, sample)
+    answerer, drawn = LocalModel(release.model), _draw(release, sample)
     total, done, elsewhere, differ = sum(len(batch) for _, batch in drawn), 0, 0, 0
     for results, batch in drawn:
-        again = ask(answerer, [PlannedItem.from_dict(record) for record in batch],
+        again = run_batch(answerer, [PlannedItem.from_dict(record) for record in batch],
                     Sampling(**results.sampling))
         here = results.platform == answerer.platform
         for old, new in zip(batch, again, strict=True):
@@ -173,7 +173,7 @@ def _draw(release: Contents, sample: int) -> list[tuple[Results, list[dict[str, 
     batches, drawn = [], list[tuple[Results, list[dict[str, Any]]]]()
     for results, records in release.evaluations:
         left, plan = iter(records), [PlannedItem.from_dict(record) for record in records]
-        for planned in slices(plan, results.batch_size, results.batch_tokens):
+        for planned in split_batches(plan, results.batch_size, results.batch_tokens):
             batch = [next(left) for _ in planned]
             if all(item.task in tasks.TASKS for item in planned):
                 batches.append((results, batch))

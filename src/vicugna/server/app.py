@@ -27,11 +27,11 @@ from vicugna.server.protocol import ApiError, ChatRequest, parse, token_logprobs
 from vicugna.server.worker import Worker
 
 MAX_BODY_BYTES = 10_000_000
-BODY_SECONDS = 60  # a body that takes longer to arrive is given up
+BODY_SECONDS = 60  # time limit for receiving a request body
 
 
 class Server:
-    """The model being served, under the id clients know it by. Raises without a tokenizer."""
+    """The served model and its id. Raises VicugnaError if it has no tokenizer."""
 
     def __init__(self, model: Model, name: str) -> None:
         self.model, self.name, self.tokenizer = model, name, tokenizer_of(model)
@@ -47,39 +47,39 @@ class Server:
                                 f"'{self.name}'.", "model", "model_not_found")
         return self.card
 
-    def read(self, body: bytes) -> "Answer":
-        """The answer to come for a request's body. Raises ApiError for whatever is wrong."""
+    def read(self, body: bytes) -> "Completion":
+        """The completion that a request body asks for. Raises ApiError if the body is invalid."""
         request = parse(body)
         self.find(request.model)
-        turns = [{"role": message.role, "content": message.content,
+        messages = [{"role": message.role, "content": message.content,
                   "reasoning": message.reasoning_content} for message in request.messages]
         try:
-            prompt, images = read_chat(self.model, turns)
+            prompt, images = read_chat(self.model, messages)
         except VicugnaError as error:
             code = "context_length_exceeded" if isinstance(error, ContextExceeded) else None
             raise ApiError(400, f"{error}.", "messages", code) from error
-        return Answer(self, request, prompt, images)
+        return Completion(self, request, prompt, images)
 
     async def complete(self, request: Request) -> Response:
-        """Answer a chat completion, whole or streamed; a client that leaves ends it."""
-        answer = await asyncio.to_thread(self.read, await _body(request))
+        """POST /v1/chat/completions, whole or streamed; a client's disconnect cancels it."""
+        completion = await asyncio.to_thread(self.read, await _body(request))
         self.worker.check()
-        if answer.request.stream:
-            return StreamingResponse(answer.chunks(), media_type="text/event-stream")
-        whole = asyncio.create_task(answer.whole())
-        left = asyncio.ensure_future(request.receive())  # after the body only "disconnect" comes
+        if completion.request.stream:
+            return StreamingResponse(completion.chunks(), media_type="text/event-stream")
+        whole = asyncio.create_task(completion.whole())
+        gone = asyncio.ensure_future(request.receive())  # after the body only http.disconnect comes
         try:
-            await asyncio.wait((whole, left), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((whole, gone), return_when=asyncio.FIRST_COMPLETED)
             if not whole.done():
-                raise ApiError(408, "The client left before the answer was complete.")
+                raise ApiError(408, "The client disconnected before the response was complete.")
             return JSONResponse(whole.result())
         finally:
             whole.cancel()
-            left.cancel()
+            gone.cancel()
 
 
-class Answer:
-    """Makes one request's answer in OpenAI's form, and keeps the count of tokens."""
+class Completion:
+    """One request's chat completion in OpenAI's format, whole or streamed, with its usage."""
 
     def __init__(self, server: Server, request: ChatRequest, prompt: list[int],
                  images: Tensor | None) -> None:
@@ -89,13 +89,13 @@ class Answer:
         self.completion_tokens = self.reasoning_tokens = 0
 
     def usage(self) -> dict[str, Any]:
-        """How many tokens there have been so far."""
+        """Token counts so far, as OpenAI's `usage`."""
         return {"prompt_tokens": len(self.prompt), "completion_tokens": self.completion_tokens,
                 "total_tokens": len(self.prompt) + self.completion_tokens,
                 "completion_tokens_details": {"reasoning_tokens": self.reasoning_tokens}}
 
     async def _steps(self) -> AsyncIterator[tuple[dict[str, str], list[Any], str | None]]:
-        """(new text by field, logprob entries, finish reason) of every step."""
+        """Per decoding step: (new text by field, logprob entries, finish reason)."""
         start = partial(reply, self.server.model, self.prompt, self.request.sampling(),
                         images=self.images)
         async for reasoning, answer, thinking, delta in self.server.worker.run(start):
@@ -107,9 +107,9 @@ class Answer:
                    delta.finish_reason)
 
     async def whole(self) -> dict[str, Any]:
-        """The answer of a request that does not stream."""
+        """The response body of a request that does not stream."""
         message, logprobs, reason = {"role": "assistant", "content": ""}, [], None
-        async for texts, entries, reason in self._steps():  # noqa: B007 - the last one stays
+        async for texts, entries, reason in self._steps():  # noqa: B007 - the last one is used
             for key, text in texts.items():
                 message[key] = message.get(key, "") + text
             logprobs += entries
@@ -117,7 +117,7 @@ class Answer:
                 "choices": [_choice("message", message, logprobs, reason)]}
 
     async def chunks(self) -> AsyncIterator[str]:
-        """The answer as server-sent events, ending with [DONE], or with an error event."""
+        """The response as server-sent events, ending with [DONE] or an error event."""
         usage = {"usage": None} if (self.request.stream_options or {}).get("include_usage") else {}
         head = {**self.head, "object": "chat.completion.chunk", **usage}
 
@@ -153,16 +153,16 @@ def _as_api_error(error: Exception) -> ApiError:
         return ApiError(500, f"{error}.")
     if isinstance(error, HTTPException):
         return ApiError(error.status_code, f"{error.detail}.")
-    return ApiError(500, "The server failed while answering; its log says why.")
+    return ApiError(500, "Internal server error; the server's log has the traceback.")
 
 
 async def _body(request: Request) -> bytes:
     body, size = bytearray(), int(request.headers.get("content-length", 0))
     try:
         async with asyncio.timeout(BODY_SECONDS):
-            pieces = request.stream()
-            while size <= MAX_BODY_BYTES and (piece := await anext(pieces, None)) is not None:
-                body += piece
+            chunks = request.stream()
+            while size <= MAX_BODY_BYTES and (chunk := await anext(chunks, None)) is not None:
+                body += chunk
                 size = max(size, len(body))
     except (TimeoutError, ClientDisconnect):
         raise ApiError(408, f"The body did not arrive in {BODY_SECONDS} seconds.") from None
@@ -172,7 +172,7 @@ async def _body(request: Request) -> bytes:
 
 
 def _page() -> Response:
-    """The chat page; its policy allows its own script and style by their hashes, nothing else."""
+    """The chat page, with a Content-Security-Policy that allows only its own script and style."""
     html = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
 
     def source(tag: str) -> str:

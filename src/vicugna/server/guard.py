@@ -1,4 +1,4 @@
-"""Who may talk to the server: an ASGI layer in front of every route."""
+"""Checks of Host, Origin and API key: ASGI middleware in front of every route."""
 
 import hmac
 import re
@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vicugna.server.protocol import ApiError
 
 LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
-PUBLIC = frozenset({"/", "/health"})  # hold nothing secret; every other path needs the key
+PUBLIC = frozenset({"/", "/health"})  # need no API key
 HEADERS = {"X-Content-Type-Options": "nosniff", "Cross-Origin-Resource-Policy": "same-origin",
            "Cache-Control": "no-store"}
 

@@ -1,4 +1,4 @@
-"""Binding an address and serving on it until a signal asks to stop."""
+"""Binds an address and serves on it until SIGINT or SIGTERM."""
 
 import asyncio
 import ipaddress
@@ -14,11 +14,11 @@ from vicugna.model import Model
 from vicugna.server.app import create_app
 from vicugna.server.guard import LOCAL_NAMES
 
-DRAIN_SECONDS = 10  # how long answers under way may go on after a signal
+DRAIN_SECONDS = 10  # time limit for running requests after a signal
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address to bind is reachable from this machine only."""
+    """Whether `host` is a loopback address."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -26,7 +26,7 @@ def is_loopback(host: str) -> bool:
 
 
 def check_exposure(host: str, api_key: str | None) -> None:
-    """Refuse an address that other machines can reach when there is no API key."""
+    """Raise VicugnaError for an address that other machines can reach without an API key."""
     if api_key == "":
         raise VicugnaError("the API key is empty", "--api-key", "Give a long random one")
     if api_key is None and not is_loopback(host):
@@ -37,7 +37,7 @@ def check_exposure(host: str, api_key: str | None) -> None:
 def bind(host: str, port: int) -> socket.socket:
     """A socket listening on `host:port` (0 picks a free port).
 
-    Raises VicugnaError naming the address when it is in use, reserved or not ours.
+    Raises VicugnaError naming the address if it is in use, privileged or of another machine.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
@@ -49,7 +49,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 class _Server(uvicorn.Server):
-    """Once the time to end is over, answers under way end with an error that says why."""
+    """Requests still running DRAIN_SECONDS after the signal end with an error response."""
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         app: Any = self.config.app
@@ -59,16 +59,16 @@ class _Server(uvicorn.Server):
 
 def run(model: Model, name: str, bound: socket.socket, host: str, api_key: str | None,
         ready: Callable[[str], None]) -> None:
-    """Serve on `bound` until SIGINT or SIGTERM; answers under way get `DRAIN_SECONDS` to end.
+    """Serve on `bound` until SIGINT or SIGTERM; running requests get `DRAIN_SECONDS` to finish.
 
-    `ready(url)` is called just before the first request can be taken.
+    `ready(url)` is called just before requests are accepted.
     """
     shown = f"[{host}]" if ":" in host else host
     hosts = LOCAL_NAMES | {shown.lower()} if is_loopback(host) else None
     config = uvicorn.Config(create_app(model, name, hosts, api_key), log_level="warning",
                             access_log=False, server_header=False, ws="none", proxy_headers=False,
                             timeout_graceful_shutdown=DRAIN_SECONDS + 5)
-    # uvicorn raises the signal again once it has stopped: by then it has been obeyed.
+    # uvicorn re-raises the signal once it has shut down.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
     ready(f"http://{shown}:{bound.getsockname()[1]}")

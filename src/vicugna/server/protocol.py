@@ -1,4 +1,4 @@
-"""The OpenAI wire form: nothing that changes the meaning of a request is ever ignored."""
+"""OpenAI's formats. A parameter that would change the response is never silently ignored."""
 
 import difflib
 import secrets
@@ -12,22 +12,22 @@ from vicugna.tokenizer import Tokenizer
 
 MAX_SEED = 2**63 - 1
 MAX_TOKENS = 100_000_000
-MAX_IMAGES = 16  # of a request: as tiles, a Llama 4 needs up to 12 MB for each
+MAX_IMAGES = 16  # per request: the tiles of a Llama 4 take up to 12 MB for each
 
-# Parameters that change the answer and that we do not have, with values that mean "not used".
+# Unsupported parameters that would change the response, with the values that mean "not used".
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (), "frequency_penalty": (0,), "function_call": ("none", "auto"), "functions": ([],),
     "logit_bias": ({},), "modalities": (["text"],), "n": (1,), "prediction": (),
     "presence_penalty": (0,), "reasoning_effort": (), "response_format": ({"type": "text"},),
     "tool_choice": ("none", "auto"), "tools": ([],), "verbosity": (), "web_search_options": (),
 }
-# Parameters that change nothing about the answer.
+# Parameters that do not change the response.
 IGNORED = frozenset({"metadata", "parallel_tool_calls", "prompt_cache_key", "service_tier",
                      "prompt_cache_retention", "safety_identifier", "store", "user"})
 
 
 class ApiError(Exception):
-    """An error answer: HTTP status, message, and OpenAI's `param` and `code`."""
+    """An error response: HTTP status, message, and OpenAI's `param` and `code`."""
 
     def __init__(self, status: int, message: str, param: str | None = None,
                  code: str | None = None) -> None:
@@ -37,7 +37,7 @@ class ApiError(Exception):
             "error": {"message": message, "type": kind, "param": param, "code": code}}
 
     def response(self) -> JSONResponse:
-        """The error as an HTTP answer."""
+        """The error as an HTTP response."""
         headers = {"WWW-Authenticate": "Bearer"} if self.status == 401 else None
         return JSONResponse(self.body, self.status, headers)
 
@@ -47,15 +47,15 @@ Count = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
 Stop = Annotated[Text, Field(min_length=1, max_length=1000)]
 
 
-class Part(BaseModel):
-    """Strict: no coercion, no unknown keys, no NaN or infinity."""
+class StrictModel(BaseModel):
+    """No coercion, no unknown keys, no NaN or infinity."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
-class Message(Part):
-    """One turn. A list of text parts arrives here joined by newlines, one with pictures in it as
-    `Model.read` takes it; null fields as absent."""
+class Message(StrictModel):
+    """One message. A list of text parts is joined by newlines; images stay as `Model.read`
+    takes it; null fields count as absent."""
 
     role: Literal["system", "user", "assistant"]
     content: Text | list[dict[str, str]]
@@ -99,7 +99,7 @@ def _part(part: Any) -> dict[str, str]:
                      '"image_url": {"url": "data:..."}}, without a "detail"')
 
 
-class ChatRequest(Part):
+class ChatRequest(StrictModel):
     """The body of POST /v1/chat/completions; null means the default."""
 
     model: Text
@@ -134,7 +134,7 @@ class ChatRequest(Part):
     def _few_images(cls, messages: list[Message]) -> list[Message]:
         parts = [part for one in messages for part in one.content if isinstance(part, dict)]
         if sum(part["type"] == "image" for part in parts) > MAX_IMAGES:
-            raise ValueError(f"more than {MAX_IMAGES} pictures")
+            raise ValueError(f"more than {MAX_IMAGES} images")
         return messages
 
     @field_validator("stop", mode="before")
@@ -151,7 +151,7 @@ class ChatRequest(Part):
         return self
 
     def sampling(self) -> Sampling:
-        """The engine's form of it; without a seed, a random one."""
+        """The engine's sampling parameters; a request without a seed gets a random one."""
         limit = self.max_tokens or self.max_completion_tokens or MAX_TOKENS
         seed = secrets.randbelow(MAX_SEED) if self.seed is None else self.seed
         return Sampling(limit, self.temperature, self.top_k, self.top_p, self.min_p,
@@ -159,7 +159,7 @@ class ChatRequest(Part):
 
 
 def parse(body: bytes) -> ChatRequest:
-    """Read a request body; raises ApiError (always status 400) naming the parameter at fault."""
+    """Validate a request body; raises ApiError 400 naming the invalid parameter."""
     try:
         return ChatRequest.model_validate_json(body)
     except ValidationError as error:
