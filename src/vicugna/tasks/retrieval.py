@@ -1,8 +1,8 @@
 """Long-context retrieval: needles, competing keys, variable tracking (RULER) and hash hop (Magic).
 
-Every item is a text with statements hidden in it and one question at the end. Only the statements
-that lead to the answer decide an item's split; the rest of the text is made after they were
-accepted, in one pass, so that ten million characters cost seconds.
+Every item is a haystack with statements hidden in it and one question at the end. Only the
+statements that lead to the answer decide an item's split; distractors and filler are generated
+after they were accepted, in one pass, so that ten million characters cost seconds.
 """
 
 from bisect import bisect_left
@@ -12,13 +12,14 @@ from itertools import accumulate, pairwise
 from random import Random
 
 from vicugna.errors import VicugnaError
-from vicugna.tasks.task import Difficulty, Item, Posed, draw, final_line, make_item
+from vicugna.tasks.task import Difficulty, Item, Problem, final_line, make_item, rejection_sample
 from vicugna.tasks.words import ADJECTIVES, NOUNS, filler, made_up_names, name_syllables
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What is asked. `statements[0]` holds the answer and stands at the wanted position."""
+class Query:
+    """A question and the statements that answer it; `statements[0]`, the needle, holds the answer
+    and stands at the position of the difficulty."""
 
     statements: list[str]
     names: list[str]
@@ -29,26 +30,27 @@ class Asked:
 
 @dataclass(frozen=True)
 class Retrieval:
-    """A retrieval task: `ask` proposes what is asked, `rivals` makes statements of the same form
+    """A retrieval task: `query` generates a candidate, `distractors` statements of the same form
     about other names, given how many characters are still to be filled."""
 
     name: str
-    ask: Callable[[Random, Difficulty], Asked]
-    rivals: Callable[[Random, Difficulty, Asked, int], list[str]]
+    query: Callable[[Random, Difficulty], Query]
+    distractors: Callable[[Random, Difficulty, Query, int], list[str]]
 
     def item(self, seed: int, difficulty: Difficulty) -> Item:
         """The question's length is `difficulty.length` characters to a few percent, or as short as
         its statements allow. metadata: "needle" (statement with the answer), "position" (0..1)."""
-        asked, rng = draw(self.name, seed, difficulty, lambda rng: self.ask(rng, difficulty),
-                          lambda asked: " ".join([*asked.statements, asked.question]))
-        room = difficulty.length - len(asked.question) - _joined(asked.statements)
-        rivals = self.rivals(rng, difficulty, asked, room)
-        prose = filler(rng, room - _joined(rivals))
-        others = _scatter(rng, prose, rivals + asked.statements[1:])
-        text, position = _place(rng, others, asked.statements[0], difficulty.position)
-        posed = Posed(f"{text}\n{asked.question}", asked.answer, asked.reasoning)
-        return make_item(self.name, seed, difficulty, posed,
-                         {"needle": asked.statements[0], "position": position})
+        query, rng = rejection_sample(
+            self.name, seed, difficulty, lambda rng: self.query(rng, difficulty),
+            lambda query: " ".join([*query.statements, query.question]))
+        left = difficulty.length - len(query.question) - _joined(query.statements)
+        distractors = self.distractors(rng, difficulty, query, left)
+        prose = filler(rng, left - _joined(distractors))
+        haystack = _scatter(rng, prose, distractors + query.statements[1:])
+        text, position = _insert(rng, haystack, query.statements[0], difficulty.position)
+        problem = Problem(f"{text}\n{query.question}", query.answer, query.reasoning)
+        return make_item(self.name, seed, difficulty, problem,
+                         {"needle": query.statements[0], "position": position})
 
     def score(self, item: Item, response: str) -> float:
         """1.0 when the last line is the answer; white space and a full stop do not matter."""
@@ -56,6 +58,7 @@ class Retrieval:
 
 
 def _joined(sentences: list[str]) -> int:
+    """How many characters sentences take, each with a space."""
     return sum(map(len, sentences)) + len(sentences)
 
 
@@ -72,15 +75,15 @@ def _scatter(rng: Random, prose: list[str], statements: list[str]) -> list[str]:
     return merged + prose[start:]
 
 
-def _place(rng: Random, others: list[str], needle: str, position: float | None
-           ) -> tuple[str, float]:
-    """The text with the needle in it, and where (0..1 of the other text's characters) it stands."""
+def _insert(rng: Random, haystack: list[str], needle: str, position: float | None
+            ) -> tuple[str, float]:
+    """The text with the needle in it, and where (0..1 of the haystack's characters) it stands."""
     wanted = rng.random() if position is None else position
-    starts = [0, *accumulate(len(sentence) + 1 for sentence in others)]
+    starts = [0, *accumulate(len(sentence) + 1 for sentence in haystack)]
     index = bisect_left(starts, wanted * starts[-1])
     if index and wanted * starts[-1] - starts[index - 1] < starts[index] - wanted * starts[-1]:
         index -= 1
-    text = " ".join([*others[:index], needle, *others[index:]])
+    text = " ".join([*haystack[:index], needle, *haystack[index:]])
     return text, starts[index] / starts[-1] if starts[-1] else wanted
 
 
@@ -100,19 +103,19 @@ def _code(key: str, value: str) -> str:
     return f"The code of {key} is {value}."
 
 
-def _ask_code(rng: Random, difficulty: Difficulty) -> Asked:
+def _query_code(rng: Random, difficulty: Difficulty) -> Query:
     key, value = _key(rng.randrange(len(ADJECTIVES) * len(NOUNS))), _digits(rng)
-    return Asked([_code(key, value)], [key], f"What is the code of {key}?", value)
+    return Query([_code(key, value)], [key], f"What is the code of {key}?", value)
 
 
-def _rival_codes(rng: Random, difficulty: Difficulty, asked: Asked, room: int) -> list[str]:
+def _other_codes(rng: Random, difficulty: Difficulty, query: Query, left: int) -> list[str]:
     """`count` other codes; up to half of them share a word with the key that is asked for."""
     total = len(ADJECTIVES) * len(NOUNS)
     if difficulty.count >= total:
         raise VicugnaError(f"count is {difficulty.count}", "retrieval.keys", f"Stay below {total}")
-    adjective, noun = asked.names[0].split()
+    adjective, noun = query.names[0].split()
     near = [f"{a} {noun}" for a in ADJECTIVES] + [f"{adjective} {n}" for n in NOUNS]
-    chosen = dict.fromkeys([asked.names[0], *rng.sample(near, min(difficulty.count // 2, 99))])
+    chosen = dict.fromkeys([query.names[0], *rng.sample(near, min(difficulty.count // 2, 99))])
     numbers = rng.sample(range(total), min(total, difficulty.count + len(chosen)))
     chosen |= dict.fromkeys(map(_key, numbers))
     return [_code(key, _digits(rng)) for key in list(chosen)[1 : difficulty.count + 1]]
@@ -121,10 +124,10 @@ def _rival_codes(rng: Random, difficulty: Difficulty, asked: Asked, room: int) -
 # Variables: "Let kora be 4815. Let mipu be kora."
 
 
-def _rival_chains(rng: Random, asked: Asked, n: int) -> list[list[str]]:
-    """`n` chains of names, as many and as wide as those asked about and different from them."""
-    links, taken = len(asked.names), set(asked.names)
-    names = made_up_names(rng, (n + 1) * links, len(asked.names[0]) // 2)
+def _other_chains(rng: Random, query: Query, n: int) -> list[list[str]]:
+    """`n` chains of names, as many and as wide as the query's and different from them."""
+    links, taken = len(query.names), set(query.names)
+    names = made_up_names(rng, (n + 1) * links, len(query.names[0]) // 2)
     fresh = [name for name in names if name not in taken]
     return [fresh[i * links : (i + 1) * links] for i in range(n)]
 
@@ -133,18 +136,18 @@ def _tracking(names: list[str], value: str) -> list[str]:
     return [f"Let {b} be {a}." for a, b in pairwise([value, *names])]
 
 
-def _ask_variable(rng: Random, difficulty: Difficulty) -> Asked:
+def _query_variable(rng: Random, difficulty: Difficulty) -> Query:
     wanted = (difficulty.count + 1) * (difficulty.depth + 1)
     names = made_up_names(rng, difficulty.depth + 1, name_syllables(wanted))
     value = _digits(rng)
     steps = "; ".join(f"{a} = {b}" for a, b in pairwise([*reversed(names), value]))
     question = f"What is the value of {names[-1]}?"
-    return Asked(_tracking(names, value), names, question, value, steps)
+    return Query(_tracking(names, value), names, question, value, steps)
 
 
-def _rival_variables(rng: Random, difficulty: Difficulty, asked: Asked, room: int) -> list[str]:
+def _other_variables(rng: Random, difficulty: Difficulty, query: Query, left: int) -> list[str]:
     """`count` other chains of the same depth."""
-    return [statement for names in _rival_chains(rng, asked, difficulty.count)
+    return [statement for names in _other_chains(rng, query, difficulty.count)
             for statement in _tracking(names, _digits(rng))]
 
 
@@ -155,7 +158,7 @@ def _pairs(names: list[str]) -> list[str]:
     return [f"{a} = {b}." for a, b in pairwise(names)]
 
 
-def _ask_hops(rng: Random, difficulty: Difficulty) -> Asked:
+def _query_hops(rng: Random, difficulty: Difficulty) -> Query:
     # A pair takes some 13 characters, and a chain has one name more than it has pairs.
     wanted = difficulty.length // 6 + (difficulty.count + 1) * (difficulty.depth + 1)
     names = made_up_names(rng, difficulty.depth + 1, name_syllables(wanted))
@@ -163,19 +166,19 @@ def _ask_hops(rng: Random, difficulty: Difficulty) -> Asked:
     hops = _pairs(names)
     question = f"Hop {times} from {names[0]}."
     steps = "; ".join(pair[:-1] for pair in hops)
-    return Asked(hops[::-1], names, question, names[-1], steps)
+    return Query(hops[::-1], names, question, names[-1], steps)
 
 
-def _rival_hops(rng: Random, difficulty: Difficulty, asked: Asked, room: int) -> list[str]:
-    """Chains of the same depth that fill the room, and at least `count` of them."""
-    n = max(difficulty.count * difficulty.depth, room // (len(asked.statements[0]) + 1))
-    chains = _rival_chains(rng, asked, -(-n // difficulty.depth))
+def _other_hops(rng: Random, difficulty: Difficulty, query: Query, left: int) -> list[str]:
+    """Chains of the same depth that fill the length, and at least `count` of them."""
+    n = max(difficulty.count * difficulty.depth, left // (len(query.statements[0]) + 1))
+    chains = _other_chains(rng, query, -(-n // difficulty.depth))
     return [pair for names in chains for pair in _pairs(names)][:n]
 
 
 RETRIEVAL = [
-    Retrieval("retrieval.single", _ask_code, lambda rng, difficulty, asked, room: []),
-    Retrieval("retrieval.keys", _ask_code, _rival_codes),
-    Retrieval("retrieval.variables", _ask_variable, _rival_variables),
-    Retrieval("retrieval.hashhop", _ask_hops, _rival_hops),
+    Retrieval("retrieval.single", _query_code, lambda rng, difficulty, query, left: []),
+    Retrieval("retrieval.keys", _query_code, _other_codes),
+    Retrieval("retrieval.variables", _query_variable, _other_variables),
+    Retrieval("retrieval.hashhop", _query_hops, _other_hops),
 ]

@@ -1,7 +1,7 @@
-"""What a task is, and the two fences that keep training away from test items.
+"""What a task is, and the two safeguards that keep training away from test items.
 
-The first fence is the seed: each split owns a huge range of seeds. The second is the content: an
-item draws candidates from its seed's own random stream until the hash of the candidate's content
+The first is the seed: each split has a range of seeds of its own. The second is the content: an
+item is rejection sampled from its seed's random stream until the hash of the candidate's content
 (its question, or its needle) falls into the part of hash space that belongs to the seed's split.
 So two splits never share a question, whatever the seeds and the difficulty.
 """
@@ -20,17 +20,17 @@ _SEEDS = 1 << 40  # seeds in each split
 SPLITS = {split: range(i * _SEEDS, (i + 1) * _SEEDS)
           for i, split in enumerate(("train", "dev", "test", "heldout"))}
 # Eighths of hash space: half of all contents may be trained on, the rest never.
-_OWNER_OF_EIGHTH = (*["train"] * 4, "dev", "test", "test", "heldout")
+_SPLIT_OF_EIGHTH = (*["train"] * 4, "dev", "test", "test", "heldout")
 _TRIES = 4000
 
 
 @dataclass(frozen=True)
 class Difficulty:
-    """How hard an item is; each task says which of these it heeds.
+    """How hard an item is; each task says which of these it uses.
 
     `length` is the approximate number of characters of the question, `depth` the number of hops or
-    steps, `count` the number of competing needles (or the size of a reasoning item's objects),
-    `position` where the decisive statement stands, from 0 (start) to 1 (end); None means anywhere.
+    steps, `count` the number of distractors (or the size of a reasoning item's objects), `position`
+    where the needle stands, from 0 (start) to 1 (end); None means anywhere.
     """
 
     length: int = 0
@@ -62,8 +62,8 @@ class Item:
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
-class Posed(NamedTuple):
-    """The words of an item; `reasoning` is the worked steps, "" for none."""
+class Problem(NamedTuple):
+    """The text of an item; `reasoning` is the worked steps, "" for none."""
 
     question: str
     answer: str
@@ -95,44 +95,45 @@ def split_seed(split: str, index: int) -> int:
 
 
 def split_of(seed: int) -> str:
-    """The split that owns a seed. Raises VicugnaError for a seed that no split owns."""
+    """The split of a seed. Raises VicugnaError for a seed outside all of them."""
     for split, seeds in SPLITS.items():
         if seed in seeds:
             return split
     raise VicugnaError(f"seed {seed} is in no split", "tasks", "Take seeds from split_seed()")
 
 
-def owner_of(task: str, content: str) -> str:
+def split_of_content(task: str, content: str) -> str:
     """The split that alone may use this content of this task."""
     digest = hashlib.sha256(f"{task}\n{content}".encode()).digest()
-    return _OWNER_OF_EIGHTH[digest[0] % 8]
+    return _SPLIT_OF_EIGHTH[digest[0] % 8]
 
 
-def draw(task: str, seed: int, difficulty: Difficulty, propose: Callable[[Random], T | None],
-         content: Callable[[T], str]) -> tuple[T, Random]:
-    """The first proposal whose content belongs to the seed's split, and the random stream after it.
+def rejection_sample(task: str, seed: int, difficulty: Difficulty,
+                     generate: Callable[[Random], T | None], content: Callable[[T], str]
+                     ) -> tuple[T, Random]:
+    """The first candidate whose content belongs to the seed's split, and the stream after it.
 
-    `propose` may return None for a candidate it does not want. Raises VicugnaError when thousands
+    `generate` may return None for a candidate to be discarded. Raises VicugnaError when thousands
     of candidates bring none: this difficulty has too few distinct items.
     """
     split = split_of(seed)
     rng = Random(f"{task}/{seed}/{difficulty}")
     for _ in range(_TRIES):
-        candidate = propose(rng)
-        if candidate is not None and owner_of(task, content(candidate)) == split:
+        candidate = generate(rng)
+        if candidate is not None and split_of_content(task, content(candidate)) == split:
             return candidate, rng
     raise VicugnaError(f"no {split} item found in {_TRIES} tries at {difficulty}", task,
                        "Use a greater depth")
 
 
-def make_item(task: str, seed: int, difficulty: Difficulty, posed: Posed,
+def make_item(task: str, seed: int, difficulty: Difficulty, problem: Problem,
               metadata: dict[str, Any]) -> Item:
     """An item with one user message; the solution has no "reasoning" where there is none."""
-    solution = {"role": "assistant", "content": posed.answer}
-    if posed.reasoning:
-        solution["reasoning"] = posed.reasoning
-    return Item(task, seed, difficulty, [{"role": "user", "content": posed.question}],
-                posed.answer, solution, metadata)
+    solution = {"role": "assistant", "content": problem.answer}
+    if problem.reasoning:
+        solution["reasoning"] = problem.reasoning
+    return Item(task, seed, difficulty, [{"role": "user", "content": problem.question}],
+                problem.answer, solution, metadata)
 
 
 def final_line(response: str) -> str:

@@ -1,4 +1,4 @@
-"""The word bank: key names, made-up names and plain filler prose for the retrieval tasks."""
+"""The word bank: key names, made-up names and filler prose for retrieval; words and pseudowords."""
 
 from itertools import accumulate, product
 from random import Random
@@ -42,6 +42,29 @@ _WHERE = """by the river|near the mill|in the evening|after lunch|before the rai
 _SHORT = ("It rained.", "Dogs bark.", "Birds sang.", "Snow fell.", "The wind blew.",
           "We went home.")
 
+_SHORT_WORDS = _words("""
+a about after again all also always and any are as ask at away back be because been before began
+best better big both but by call came can come could day did do does done down each eat end even
+every far few find first five for four from full gave get give go goes good had half hard has have
+he hear help her here high him his how if in into is it just keep kind knew know land large last
+late left less let life like line little live long look made make man many may men might mile mind
+more most much must my name near need never new next night no not now of off often old on once one
+only open or other our out over own page part place play put ran read right road room round run said
+same saw say sea see seem set seven she show side since six small so some song soon sound stand
+start still stop such sure take talk tell ten than that the their them then there these they thing
+think this those though three time to today told too took top town tree try turn two under until up
+upon us use very walk want was water way we week well went were what when where which while who why
+will wind wish with wood word work world would year yes yet you young your""")
+COMMON_WORDS = list(dict.fromkeys(
+    [*_SHORT_WORDS, *ADJECTIVES, *NOUNS, *_WHO, *_MANNER, *_DID, *_WHAT]))
+
+_ONSETS = _words("""
+b bl br c ch cl cr d dr f fl fr g gl gr h j k l m n p pl pr qu r s sc sh sl sm sn sp st str sw t th
+tr tw v w wh z""")
+_VOWELS = _words("a e i o u a e i o u ai ea ee ie oa oo ou")
+_CODAS = ["", "", "", *_words("""
+b ck d ft g l ld lt m mp n nd ng nk nt p r rd rm rt s ss st t th x y""")]
+
 _SYLLABLES = [c + v for c, v in product("bdfghjklmnprstvz", "aeiou")]
 _PAIRS = [a + b for a, b in product(_SYLLABLES, _SYLLABLES)]
 
@@ -79,3 +102,13 @@ def made_up_names(rng: Random, n: int, syllables: int) -> list[str]:
     ends = {2: [""], 3: _SYLLABLES, 4: _PAIRS}[syllables]
     numbers = rng.sample(range(80**syllables), n)
     return [_PAIRS[i // len(ends)] + ends[i % len(ends)] for i in numbers]
+
+
+def pseudoword(rng: Random, letters: int) -> str:
+    """A pronounceable word of so many letters (at least one), such as "brail" or "costrent"."""
+    while True:
+        word = ""
+        while len(word) < letters:
+            word += rng.choice(_ONSETS) + rng.choice(_VOWELS) + rng.choice(_CODAS)
+        if len(word) == letters or letters < 2:
+            return word[:letters]
