@@ -48,7 +48,7 @@ class Scripted(nn.Module):
 
     def __init__(self, script, start, vocab_size, context=4096):
         super().__init__()
-        self.config = SimpleNamespace(vocab_size=vocab_size, max_position_embeddings=context)
+        self.config = SimpleNamespace(vocab_size=vocab_size, context_length=context)
         self.lm_head = nn.Linear(vocab_size, vocab_size, bias=False)
         nn.init.eye_(self.lm_head.weight)
         self.script, self.start = torch.tensor(script), start

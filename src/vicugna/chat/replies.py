@@ -32,7 +32,7 @@ def read_chat(model: Model, messages: list[dict[str, Any]]) -> tuple[list[int], 
 
     Raises ContextExceeded, with both counts, when no room is left for an answer.
     """
-    (tokens, images), context = model.read(messages), model.config.max_position_embeddings
+    (tokens, images), context = model.read(messages), model.config.context_length
     if len(tokens) >= context:
         raise ContextExceeded(f"the conversation is {len(tokens)} tokens long, and the model's "
                               f"context holds {context} tokens, answer included", "",

@@ -47,7 +47,7 @@ def _facts(found: "Survey", network: Any) -> dict[str, Any]:
         "model_type": config.to_dict()["model_type"], "parameters": size.total,
         "active_per_token": size.active, "layers": len(size.layers), "width": config.hidden_size,
         "heads": config.num_attention_heads, "key_value_heads": config.num_key_value_heads,
-        "context": config.max_position_embeddings, "vocabulary": config.vocab_size,
+        "context": config.context_length, "vocabulary": config.vocab_size,
         "format": ", ".join(sorted({file.suffix.removeprefix(".") for file in files})),
         "files": len(files), "tensors": len(found.stored), "dtypes": dict(dtypes.most_common()),
         "tokenizer": tok.digest if tok else None, "tokens": tok.vocab_size if tok else None,

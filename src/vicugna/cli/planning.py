@@ -7,6 +7,7 @@ are in docs/guide.md, under the names used here.
 import difflib
 import math
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -19,6 +20,7 @@ from vicugna.checkpoint.folder import read_object
 from vicugna.checkpoint.gguf import reader as gguf
 from vicugna.errors import VicugnaError
 from vicugna.files import disk_errors
+from vicugna.models import read_config
 from vicugna.models.counts import Counts, count
 
 # Bytes of a weight; int4 as in Q4_0: blocks of 32 weights of 4 bits and one 16-bit scale.
@@ -55,10 +57,10 @@ class Subject:
 
     @property
     def context(self) -> int | None:
-        """The context length, if the config states it."""
-        section = self.config.get("text_config") or self.config
-        length = section.get("max_position_embeddings") if isinstance(section, dict) else None
-        return length if type(length) is int and length > 0 else None
+        """The context length; None if no network can be built from the config."""
+        with suppress(ArithmeticError, AttributeError, TypeError, ValueError, VicugnaError):
+            return read_config(self.config).context_length
+        return None
 
 
 @dataclass(frozen=True)

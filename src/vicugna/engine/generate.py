@@ -133,7 +133,7 @@ def _rows(network: nn.Module, tokenizer: Tokenizer | None, prompts: list[list[in
             raise VicugnaError(f"{len(prompts)} prompts but {given} {name}", "generate",
                                "Give one for all, or one for each")
     config: Any = network.config
-    context, V = config.max_position_embeddings, config.vocab_size
+    context, V = config.context_length, config.vocab_size
     copies, rows = Counter[Any](), list[_Row]()
     for number, (prompt, tiles, chosen) in enumerate(
             zip(map(tuple, prompts), seen, samplings, strict=True)):

@@ -63,7 +63,7 @@ class LocalModel:
                samplings: Sequence[Sampling]) -> list[Reply]:
         """A reply to each conversation, in order."""
         prompts = [self.tokenizer.chat(messages) for messages in conversations]
-        context = self.network.config.max_position_embeddings
+        context = self.network.config.context_length
         replies = iter(self._generate([pair for pair in zip(prompts, samplings, strict=True)
                                        if len(pair[0]) <= context]))
         return [replace(next(replies) if len(prompt) <= context else Reply(

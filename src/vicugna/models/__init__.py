@@ -25,13 +25,17 @@ def architecture(model_type: str | None) -> ModuleType:
     raise VicugnaError(what, "config.json", did_you_mean(model_type, ARCHITECTURES))
 
 
+def read_config(config: Mapping[str, Any]) -> Any:
+    """The Config of the architecture that config.json's `model_type` names; VicugnaError."""
+    return architecture(config.get("model_type")).Config.from_dict(config)
+
+
 def build(config: Mapping[str, Any]) -> nn.Module:
     """A network of the architecture that config.json's `model_type` names, weights not set.
 
     Raises VicugnaError for an unknown architecture, missing keys or impossible shapes.
     """
-    module = architecture(config.get("model_type"))
-    return module.Network(module.Config.from_dict(config))
+    return architecture(config.get("model_type")).Network(read_config(config))
 
 
 def initialise(network: nn.Module, seed: int) -> None:

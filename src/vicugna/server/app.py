@@ -38,7 +38,7 @@ class Server:
         self.worker, self.fingerprint = Worker(), f"vicugna-{model.digest[:12]}"
         self.card = {"id": name, "object": "model", "created": int(time.time()),
                      "owned_by": "vicugna",
-                     "context_length": int(model.config.max_position_embeddings)}
+                     "context_length": model.config.context_length}
 
     def find(self, name: str) -> dict[str, Any]:
         """The card of the model called `name`; ApiError when it is not the one served."""

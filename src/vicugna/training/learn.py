@@ -25,7 +25,7 @@ def from_data(network: nn.Module, tokenizer: Tokenizer, spec: TrainSpec, seed: i
     """Pretraining and fine-tuning: next-token loss on `spec.sources`, a mean over the step's
     targets on all ranks. Returns trainer.train's cost."""
     config: Any = network.config
-    check_length(spec.sequence_length, config.max_position_embeddings, where)
+    check_length(spec.sequence_length, config.context_length, where)
     if ranks.device.type == "cpu":
         rows = spec.micro_rows or -(-spec.rows // ranks.world)
         element = 2 if spec.precision == "bf16" else 4

@@ -149,9 +149,8 @@ def _scaling(shape: Any, architecture: str) -> dict[str, Any]:
     if kind not in ("linear", "yarn"):
         return {}
     plain: dict[str, Any] = {"rope_type": kind, "factor": float(scaling["factor"])}
-    if kind == "yarn":
-        longest = "original_max_position_embeddings"
-        plain[longest] = int(scaling[longest])
+    if scaling.get(rope.ORIGINAL) is not None:
+        plain[rope.ORIGINAL] = int(scaling[rope.ORIGINAL])
     found = {SCALING[key]: value for key, value in plain.items()}
     if architecture == "deepseek2":  # features are not stretched, and scores as mscale_all_dim says
         weight = float(scaling.get("mscale_all_dim") or 0)
@@ -189,14 +188,14 @@ def lost(config: Mapping[str, Any]) -> list[str]:
     spans = (shape.spans() if hasattr(shape, "spans")
              else [Span(getattr(shape, "sliding_window", None))])
     windows = {span.window for span in spans if span.window is not None
-               and span.window < shape.max_position_embeddings}
+               and span.window < shape.context_length}
     return [f"the sliding window of {window:,} tokens: llama.cpp lets every token see all before it"
             for window in sorted(windows)]
 
 
 def _lost_llama4(shape: Any) -> list[str]:
     """Where long texts meet other chunks or other queries than the config's."""
-    T, layers = shape.max_position_embeddings, range(shape.num_hidden_layers)
+    T, layers = shape.context_length, range(shape.num_hidden_layers)
     chunks = [(shape.span(n).chunk or T, CHUNK if shape.has_rope(n) else T) for n in layers]
     found = [f"which tokens a layer sees: llama.cpp has chunks of {CHUNK:,} in layers with RoPE "
              "and none in others"] if any(min(a, T) != min(b, T) for a, b in chunks) else []

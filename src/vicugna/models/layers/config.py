@@ -9,8 +9,6 @@ from vicugna.errors import VicugnaError
 from vicugna.models.layers import rope
 from vicugna.models.layers.attention import Span
 
-ORIGINAL = "original_max_position_embeddings"
-
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
@@ -80,6 +78,14 @@ class Shape:
         scaling = getattr(self, "rope_scaling", None)
         rope.inverse_frequencies(2, self.rope_theta, scaling)  # names what is wrong with it
 
+    @property
+    def context_length(self) -> int:
+        """Positions the model is made for, the limit of prompts and training sequences:
+        `max_position_embeddings`, or `factor` times the original context if that is more. Model
+        cards that add YaRN for long texts leave `max_position_embeddings` as it was."""
+        return max(self.max_position_embeddings,
+                   rope.scaled_context(getattr(self, "rope_scaling", None)))
+
     def at_least(self, name: str, least: int) -> None:
         """Raise VicugnaError if the field `name` is below `least`."""
         if getattr(self, name) < least:
@@ -106,9 +112,9 @@ def rope_keys(config: Mapping[str, Any]) -> dict[str, Any]:
                            "Only 1 is")
     kind, longest = rope.kind_of(scaling), config.get("max_position_embeddings")
     if kind in ("llama3", "yarn"):
-        known = (config.get(ORIGINAL), scaling.get(ORIGINAL), longest)
+        known = (config.get(rope.ORIGINAL), scaling.get(rope.ORIGINAL), longest)
         if (original := next((n for n in known if n is not None), None)) is not None:
-            scaling[ORIGINAL] = original
+            scaling[rope.ORIGINAL] = original
         if kind == "yarn" and longest is not None and scaling.get("factor", 1) is None:
             scaling["factor"] = longest / original
     return {"rope_theta": theta, "rope_scaling": None if kind == "default" else scaling}

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from vicugna.errors import VicugnaError
 
+ORIGINAL = "original_max_position_embeddings"
+
 
 def inverse_frequencies(head_dim: int, theta: float, scaling: Mapping[str, Any] | None) -> Tensor:
     """Radians per position of each feature pair, float32 [K/2].
@@ -31,11 +33,12 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: Mapping[str, Any] 
         factor = float(scaling["factor"])
         if not 0 < factor < math.inf:
             raise ValueError(f"factor is {factor}")
+        scaled_context(scaling)  # an impossible original context raises here
         if kind == "linear":
             return inverse / factor
         if kind == "llama3":
             low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
-            original = float(scaling["original_max_position_embeddings"])
+            original = float(scaling[ORIGINAL])
             wavelength = 2 * math.pi / inverse
             share = ((original / wavelength - low) / (high - low)).clamp(0, 1)
             return (1 - share) * inverse / factor + share * inverse
@@ -49,6 +52,15 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: Mapping[str, Any] 
     except (ArithmeticError, TypeError, ValueError) as error:
         raise VicugnaError(f"rope_scaling of type {kind!r} is impossible: {error}", "config.json",
                            "Restore it from the original checkpoint") from None
+
+
+def scaled_context(scaling: Mapping[str, Any] | None) -> int:
+    """`factor` times the original context, for YaRN, and for linear scaling that states one; else
+    0. Of Llama 3's kind the factor says nothing about the context: Llama 3.2's is 131,072, with a
+    factor of 32 and an original of 8,192."""
+    if not scaling or kind_of(scaling) not in ("linear", "yarn") or scaling.get(ORIGINAL) is None:
+        return 0
+    return round(float(scaling["factor"]) * float(scaling[ORIGINAL]))
 
 
 def attention_factor(scaling: Mapping[str, Any] | None) -> float:
@@ -97,7 +109,7 @@ def kind_of(scaling: Mapping[str, Any]) -> str:
 def _yarn_kept(head_dim: int, theta: float, scaling: Mapping[str, Any]) -> Tensor:
     """How far YaRN keeps each pair's speed, 0 to 1 [K/2]: whole if it turns more than `beta_fast`
     times within the original context, not at all below `beta_slow` times, a ramp between."""
-    original = scaling["original_max_position_embeddings"]
+    original = scaling[ORIGINAL]
     low, high = (head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
                  for turns in (scaling.get("beta_fast") or 32, scaling.get("beta_slow") or 1))
     if scaling.get("truncate", True):
