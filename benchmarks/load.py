@@ -54,7 +54,7 @@ def make(folder: Path, shape: dict[str, Any]) -> int:
         for name, parameter in network.named_parameters():
             parameter.fill_(1.0) if "norm" in name else parameter.normal_(std=0.02)
     weights.SHARD_BYTES = 10**9
-    checkpoint.write(folder, network, None)
+    checkpoint.Checkpoint(network).save(folder)
     return sum(parameter.nbytes for parameter in network.parameters())
 
 

@@ -22,7 +22,7 @@ def folder(tmp_path_factory):
         "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
         "max_position_embeddings": 64, "initializer_range": 0.3})
     models.initialise(network, 5)
-    checkpoint.write(folder, network, tok)
+    checkpoint.Checkpoint(network, tok).save(folder)
     return folder
 
 
@@ -116,7 +116,7 @@ def test_impossible_requests(model, prompt, options, says):
 
 
 def test_without_a_tokenizer(model, tmp_path):
-    checkpoint.write(tmp_path / "bare", model.network, None, {})
+    checkpoint.Checkpoint(model.network, None, {}).save(tmp_path / "bare")
     bare = vicugna.load(str(tmp_path / "bare"))
     assert bare.tokenizer is None
     assert torch.equal(bare.logits([[1, 2]]), model.logits([[1, 2]]))

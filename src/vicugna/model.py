@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vicugna import checkpoint, engine
 from vicugna.chat import pictures
@@ -46,35 +46,11 @@ def load(path: str | Path, dtype: str = "float32", device: str = "cpu") -> "Mode
         raise VicugnaError(f"device {device!r} is not usable here", "load",
                            "Use 'cpu', or install a PyTorch that knows it") from error
     read = checkpoint.read(path, DTYPES[dtype], device)
-    return Model(read.network, read.tokenizer, read.generation_config)
+    return Model(read.network, read.tokenizer, read.generation_config, read.origin)
 
 
-class Model:
-    """A network and its tokenizer. A model without a tokenizer has logits, but no text."""
-
-    def __init__(self, network: nn.Module, tokenizer: Tokenizer | None = None,
-                 generation_config: dict[str, Any] | None = None) -> None:
-        self.network: Any = network
-        self.tokenizer = tokenizer
-        self.generation_config = (checkpoint.default_generation_config(tokenizer)
-                                  if generation_config is None else generation_config)
-        self._digest: tuple[Any, str] | None = None
-
-    @property
-    def config(self) -> Any:
-        """The network's frozen Config; its fields are the keys of config.json."""
-        return self.network.config
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 (hex) of what is loaded (see checkpoint/digest.py), computed on first use, and
-        again once something was replaced or a weight was trained."""
-        tensors = checkpoint.named_tensors(self.network)
-        more = self.tokenizer, dict(self.generation_config)
-        seen = [(tensor.data_ptr(), tensor._version) for tensor in tensors.values()], more
-        if self._digest is None or self._digest[0] != seen:
-            self._digest = seen, checkpoint.digest(tensors, self.config.to_dict(), *more)
-        return self._digest[1]
+class Model(checkpoint.Checkpoint):
+    """A checkpoint that is used. A model without a tokenizer has logits, but no text."""
 
     @torch.no_grad()
     def logits(self, tokens_BT: Tensor | Sequence[Sequence[int]],
@@ -134,10 +110,6 @@ class Model:
         if isinstance(prompt, str):
             return tokenizer.prompt(prompt), None
         return pictures.read(tokenizer, prompt, self.config)
-
-    def save(self, folder: str | Path) -> None:
-        """Write a Hugging Face directory, whole or not at all; loading it gives this digest."""
-        checkpoint.write(folder, self.network, self.tokenizer, self.generation_config)
 
     def _text(self) -> Tokenizer:
         if self.tokenizer is None:

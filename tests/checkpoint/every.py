@@ -57,7 +57,7 @@ def save(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -> torch.n
         models.initialise(model, 0)
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
-        checkpoint.write(folder, model, None, {"eos_token_id": 2})
+        checkpoint.Checkpoint(model, None, {"eos_token_id": 2}).save(folder)
         return model
     config = transformers.AutoConfig.for_model(kind, **CONFIGS[kind])
     model = auto(kind).from_config(config).eval()

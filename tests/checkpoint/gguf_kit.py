@@ -77,8 +77,8 @@ def network_of(changes: dict, dtype: torch.dtype = torch.float32) -> torch.nn.Mo
 
 def folder_of(path: Path, changes: dict, tok: tokenizer.Tokenizer | None,
               dtype: torch.dtype = torch.float32) -> Path:
-    checkpoint.write(path, network_of(changes, dtype), tok, {"eos_token_id": [591, 594],
-                                                             "bos_token_id": 590})
+    checkpoint.Checkpoint(network_of(changes, dtype), tok, {
+        "eos_token_id": [591, 594], "bos_token_id": 590}).save(path)
     return path
 
 

@@ -149,7 +149,7 @@ def same_logits(read: checkpoint.Checkpoint, theirs: torch.nn.Module) -> None:
 def same_meaning(read: checkpoint.Checkpoint, due: transformers.PretrainedConfig, folder: Path
                  ) -> None:
     """What we write of `read` is for transformers the config `due`."""
-    checkpoint.write(folder, read.network, None, {})
+    checkpoint.Checkpoint(read.network, None, {}, read.origin).save(folder)
     found = transformers.AutoConfig.from_pretrained(folder)
     assert type(found) is type(due)
     assert meaning(found.to_dict()) == meaning(due.to_dict())

@@ -33,7 +33,7 @@ def network():
 def saved(network, tok, tmp_path_factory):
     """A folder, and the digest of what it holds."""
     folder = tmp_path_factory.mktemp("digest") / "m"
-    checkpoint.write(folder, network, tok, GENERATION)
+    checkpoint.Checkpoint(network, tok, GENERATION).save(folder)
     return folder, checkpoint.read(folder).digest
 
 
@@ -49,7 +49,7 @@ def test_in_memory_and_on_disk(network, tok, saved):
 
 def test_load_save_load(saved, tmp_path):
     read = checkpoint.read(saved[0])
-    checkpoint.write(tmp_path / "b", read.network, read.tokenizer, read.generation_config)
+    read.save(tmp_path / "b")
     assert checkpoint.read(tmp_path / "b").digest == saved[1]
 
 
@@ -87,7 +87,7 @@ def test_shards_do_not_count(network, tok, saved, limit, tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards") / "m"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(weights, "SHARD_BYTES", limit)
-        checkpoint.write(folder, network, tok, GENERATION)
+        checkpoint.Checkpoint(network, tok, GENERATION).save(folder)
     assert checkpoint.read(folder).digest == saved[1]
 
 

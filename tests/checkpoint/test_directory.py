@@ -82,7 +82,7 @@ def test_from_transformers_and_back(tmp_path, changes):
     with torch.no_grad():
         want = theirs(TOKENS).logits
     assert torch.allclose(Model(read.network).logits(TOKENS), want, atol=1e-5, rtol=0)
-    checkpoint.write(tmp_path / "b", read.network, None, read.generation_config)
+    read.save(tmp_path / "b")
     before, after = stored(tmp_path / "a"), stored(tmp_path / "b")
     assert before.keys() == after.keys()
     assert ("lm_head.weight" in after) is not theirs.config.tie_word_embeddings
@@ -107,7 +107,7 @@ def test_reading_shards_of_transformers(tmp_path):
 def test_transformers_reads_our_shards(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "SHARD_BYTES", 20_000)
     read = checkpoint.read(folder)
-    checkpoint.write(tmp_path / "s", read.network, None, read.generation_config)
+    read.save(tmp_path / "s")
     assert (tmp_path / "s" / weights.INDEX).exists()
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "s")
     with torch.no_grad():
@@ -121,10 +121,10 @@ def test_dtypes(tmp_path):
     assert {p.dtype for p in wide.network.parameters()} == {torch.float32}
     assert {p.dtype for p in kept.network.parameters()} == {torch.bfloat16}
     assert wide.digest != kept.digest  # what is loaded is another model
-    checkpoint.write(tmp_path / "b", kept.network, None, kept.generation_config)
+    kept.save(tmp_path / "b")
     assert json.loads((tmp_path / "b" / "config.json").read_text())["dtype"] == "bfloat16"
     assert checkpoint.read(tmp_path / "b", None).digest == kept.digest
-    checkpoint.write(tmp_path / "c", wide.network, None, wide.generation_config)
+    wide.save(tmp_path / "c")
     assert checkpoint.read(tmp_path / "c").digest == wide.digest
 
 
@@ -174,7 +174,7 @@ def test_a_tied_head_may_be_stored_if_it_is_equal(folder):
 def test_remote_code(tmp_path, monkeypatch, changes):
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "c"))
     network = vicugna_network(**changes)
-    checkpoint.write(tmp_path / "m", network, None, {"eos_token_id": [98]})
+    checkpoint.Checkpoint(network, None, {"eos_token_id": [98]}).save(tmp_path / "m")
     source = (tmp_path / "m" / "modeling_vicugna.py").read_text()
     assert len(source.splitlines()) <= 100
     theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
@@ -373,7 +373,7 @@ def tok():
 def test_same_model_same_bytes(tmp_path, tok):
     network = vicugna_network(vocab_size=tok.vocab_size)
     for name in "ab":
-        checkpoint.write(tmp_path / name, network, tok)
+        checkpoint.Checkpoint(network, tok).save(tmp_path / name)
     names = {path.name for path in (tmp_path / "a").iterdir()}
     assert names >= {"config.json", "generation_config.json", "model.safetensors",
                      "modeling_vicugna.py", "tokenizer.json", "chat_template.jinja"}
@@ -390,7 +390,7 @@ def test_replacing_the_folder_one_was_loaded_from(folder):
     digest = read.digest
     with torch.no_grad():
         read.network.model.norm.weight += 1
-    checkpoint.write(folder, read.network, None, read.generation_config)
+    read.save(folder)
     assert checkpoint.read(folder).digest != digest
     assert torch.equal(checkpoint.read(folder).network.model.norm.weight,
                        read.network.model.norm.weight)
@@ -401,11 +401,11 @@ def test_other_peoples_files_are_not_deleted(folder):
     read = checkpoint.read(folder)
     (folder / "notes.txt").write_text("mine")
     with pytest.raises(VicugnaError, match=r"holds notes\.txt"):
-        checkpoint.write(folder, read.network, None, {})
+        checkpoint.Checkpoint(read.network, None, {}).save(folder)
     with pytest.raises(VicugnaError, match="holds m, which"):
-        checkpoint.write(folder.parent, read.network, None, {})
+        checkpoint.Checkpoint(read.network, None, {}).save(folder.parent)
     with pytest.raises(VicugnaError, match="a file stands where"):
-        checkpoint.write(folder / "notes.txt", read.network, None, {})
+        checkpoint.Checkpoint(read.network, None, {}).save(folder / "notes.txt")
     assert (folder / "notes.txt").read_text() == "mine"
 
 
@@ -422,7 +422,7 @@ def test_a_write_that_fails_leaves_the_old(folder, monkeypatch, number, says, br
     monkeypatch.setattr(weights if broken == "raw_bytes" else directory, broken, fail)
     for target in (folder, folder.parent / "new"):
         with pytest.raises(VicugnaError, match=says) as caught:
-            checkpoint.write(target, read.network, None, read.generation_config)
+            read.save(target)
         assert str(target) in str(caught.value)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in folder.parent.iterdir()] == ["m"]
@@ -431,4 +431,4 @@ def test_a_write_that_fails_leaves_the_old(folder, monkeypatch, number, says, br
 def test_a_place_where_nothing_can_be_written(folder):
     read = checkpoint.read(folder)
     with pytest.raises(VicugnaError, match="/proc/x"):
-        checkpoint.write("/proc/x", read.network, None, {})
+        checkpoint.Checkpoint(read.network, None, {}).save("/proc/x")

@@ -45,7 +45,7 @@ def test_a_model_read_from_gguf_is_saved_with_its_tokenizer(tmp_path, bpe):
     folder_of(tmp_path / "a", MODELS["llama"], bpe)
     convert(tmp_path / "a", tmp_path / "m.gguf")
     read = checkpoint.read(tmp_path / "m.gguf")
-    checkpoint.write(tmp_path / "b", read.network, read.tokenizer, read.generation_config)
+    read.save(tmp_path / "b")
     same(checkpoint.read(tmp_path / "a"), checkpoint.read(tmp_path / "b"))
 
 
@@ -241,7 +241,8 @@ def test_files_of_other_writers(tmp_path, bpe, name):
     assert after.tokenizer.chat(chat) == before.tokenizer.chat(chat)
     assert after.tokenizer.bos_id == bpe.bos_id and after.tokenizer.pad_id == bpe.pad_id
     assert set(bpe.eos_ids) == set(after.tokenizer.eos_ids)
-    assert after.config["bos_token_id"] == bpe.bos_id and after.config["architectures"]
+    config = after.origin.config
+    assert config["bos_token_id"] == bpe.bos_id and config["architectures"]
 
 
 @pytest.mark.parametrize(("name", "high"), [("llama 3.1", 4.0), ("llama4", 1.0)])
@@ -271,7 +272,7 @@ def test_keys_that_somebody_changed_are_believed(tmp_path, bpe):
     assert read.network.config.max_position_embeddings == 512
     assert read.network.config.rope_theta == 20000.0
     assert read.tokenizer.template == changed["tokenizer.chat_template"]
-    checkpoint.write(tmp_path / "b", read.network, read.tokenizer, read.generation_config)
+    read.save(tmp_path / "b")
     assert checkpoint.read(tmp_path / "b").tokenizer.template == changed["tokenizer.chat_template"]
 
 

@@ -124,7 +124,7 @@ def test_rows_of_a_stack_that_fill_no_blocks_stay_f16(tmp_path):
 
 
 def test_a_half_of_another_kind_keeps_its_digits(tmp_path):
-    checkpoint.write(tmp_path / "a", network_of(DEEPSEEK, torch.bfloat16), None)
+    checkpoint.Checkpoint(network_of(DEEPSEEK, torch.bfloat16)).save(tmp_path / "a")
     convert(tmp_path / "a", tmp_path / "m.gguf")
     values = torch.randn(4, 24, 64, generator=torch.Generator().manual_seed(0))
     rewritten(tmp_path / "m.gguf", tmp_path / "f.gguf", tensors={
@@ -147,7 +147,7 @@ def test_biases_that_choose_experts_stay_float32(tmp_path):
     network = network_of(DEEPSEEK, torch.bfloat16)
     for buffer in network.buffers():
         buffer.zero_()
-    checkpoint.write(tmp_path / "a", network, None)
+    checkpoint.Checkpoint(network).save(tmp_path / "a")
     for source, target in (("a", "m.gguf"), ("m.gguf", "b")):
         convert(tmp_path / source, tmp_path / target)
     before, after = (checkpoint.survey(tmp_path / name).stored for name in "ab")
@@ -188,17 +188,18 @@ def test_eyes_are_left_out_with_leave_only(tmp_path, monkeypatch):
     done = convert(tmp_path / "a", tmp_path / "m.gguf", lossy=True)
     assert done["lost"] == ["its eyes: images are left out"]
     whole, text = checkpoint.read(tmp_path / "a"), checkpoint.read(tmp_path / "m.gguf")
-    assert text.config["model_type"] == "llama4_text" and text.network.config.vision_config is None
+    assert text.origin.config["model_type"] == "llama4_text" and text.config.vision_config is None
     tokens = torch.randint(3, 80, (2, 20), generator=torch.Generator().manual_seed(0))
     assert torch.equal(Model(text.network).logits(tokens), Model(whole.network).logits(tokens))
     assert done["tensors"] == len(checkpoint.named_tensors(text.network))
-    assert (text.config["eos_token_id"], text.config["bos_token_id"]) == (2, 1)
+    assert [text.origin.config[f"{key}_token_id"] for key in ("eos", "bos")] == [2, 1]
 
 
 def test_layers_that_predict_further_tokens_are_a_loss(tmp_path):
     network = network_of(DEEPSEEK | {"num_nextn_predict_layers": 1})
-    network.extra_tensors = {"model.layers.2.eh_proj.weight": torch.ones(3, 2)}
-    checkpoint.write(tmp_path / "a", network, None)
+    checkpoint.Checkpoint(network, None, {}, checkpoint.Origin(
+        network.config.to_dict(), None, {}, {"model.layers.2.eh_proj.weight": torch.ones(3, 2)}
+    )).save(tmp_path / "a")
     with pytest.raises(Refused, match="1 tensors that the model does not compute with"):
         convert(tmp_path / "a", tmp_path / "m.gguf")
     convert(tmp_path / "a", tmp_path / "m.gguf", lossy=True)

@@ -81,7 +81,7 @@ def test_a_head_equal_to_the_embeddings_is_tied_only_in_llama_3_2(tmp_path):
         assert torch.equal(read.network.lm_head.weight, state["lm_head.weight"])
     shards[1]["output.weight"][-1, -1] += 1
     read = checkpoint.read(save(tmp_path / "m", shards, {**third, "use_scaled_rope": True}))
-    assert read.config["rope_scaling"]["factor"] == 8.0
+    assert read.origin.config["rope_scaling"]["factor"] == 8.0
     assert torch.equal(read.network.lm_head.weight[:V // 2], state["lm_head.weight"][:V // 2])
     assert not torch.equal(read.network.lm_head.weight, state["lm_head.weight"])
 

@@ -108,7 +108,7 @@ def test_the_tokenizer(tmp_path):
 
 def test_saved_as_a_hugging_face_folder(folder, tmp_path):
     read = checkpoint.read(folder)
-    checkpoint.write(tmp_path / "hf", read.network, read.tokenizer, read.generation_config)
+    read.save(tmp_path / "hf")
     assert checkpoint.read(tmp_path / "hf").digest == read.digest
     theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "hf", output_loading_info=True)

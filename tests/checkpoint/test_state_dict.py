@@ -44,9 +44,15 @@ def network(monkeypatch):
     monkeypatch.setattr(architecture, "extra", extra, raising=False)
     network = models.build(OURS)
     models.initialise(network, 0)
-    network.extra_tensors = {"later.a": torch.randn(3, 5).half(),
-                             "later.b": torch.tensor([1.0, -0.0])}
     return network
+
+
+@pytest.fixture
+def model(network):
+    """The same with pass-through tensors."""
+    passthrough = {"later.a": torch.randn(3, 5).half(), "later.b": torch.tensor([1.0, -0.0])}
+    return vicugna.Model(network, None, {}, checkpoint.Origin(
+        network.config.to_dict(), None, {}, passthrough))
 
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:
@@ -69,7 +75,7 @@ def fails(folder: Path, says: str, dtype=torch.float32) -> None:
 # Pieces.
 
 def test_a_stack_lies_in_files_as_its_pieces(network, tmp_path):
-    checkpoint.write(tmp_path / "m", network, None)
+    checkpoint.Checkpoint(network).save(tmp_path / "m")
     written, moe = stored(tmp_path / "m"), network.model.layers[1].mlp
     names = [name for name in written if ".1.mlp." in name and "router" not in name]
     assert sorted(names) == sorted([
@@ -83,24 +89,24 @@ def test_a_stack_lies_in_files_as_its_pieces(network, tmp_path):
 
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])
 def test_pieces_make_the_stack_again(network, tmp_path, dtype):
-    checkpoint.write(tmp_path / "m", network, None)
+    checkpoint.Checkpoint(network).save(tmp_path / "m")
     read = checkpoint.read(tmp_path / "m", dtype)
     for name, tensor in network.state_dict().items():
         again = read.network.state_dict()[name]
         assert again.dtype == (tensor.dtype if name.endswith("bias") else dtype or tensor.dtype)
         assert torch.equal(again, tensor.to(again.dtype)), name
-    checkpoint.write(tmp_path / "again", read.network, None)
+    read.save(tmp_path / "again")
     if dtype is not torch.bfloat16:
         assert ((tmp_path / "m" / weights.SINGLE).read_bytes()
                 == (tmp_path / "again" / weights.SINGLE).read_bytes())
 
 
-def test_names_and_digest_take_no_copies(network):
-    named = checkpoint.named_tensors(network)
+def test_names_and_digest_take_no_copies(network, model):
+    named = model.tensors()
     stack = network.model.layers[0].mlp.gate_up_proj
     piece = named["model.layers.0.mlp.1.w1"]
     assert piece.untyped_storage().data_ptr() == stack.untyped_storage().data_ptr()
-    assert named["later.a"] is network.extra_tensors["later.a"]
+    assert named["later.a"] is model.origin.passthrough["later.a"]
     assert "model.embed_tokens.weight" in named and "lm_head.weight" not in named  # tied
     before = checkpoint.digest(named, network.config.to_dict(), None, {})
     with torch.no_grad():
@@ -119,7 +125,7 @@ def test_names_and_digest_take_no_copies(network):
      "tensor model.layers.0.mlp.3.w2: 2 of 1,536 values are NaN"),
 ])
 def test_faults_name_the_tensors_of_the_files(network, tmp_path, change, says):
-    checkpoint.write(tmp_path / "m", network, None)
+    checkpoint.Checkpoint(network).save(tmp_path / "m")
     rewrite(tmp_path / "m", change)
     fails(tmp_path / "m", says)
 
@@ -127,14 +133,14 @@ def test_faults_name_the_tensors_of_the_files(network, tmp_path, change, says):
 def test_a_stack_stored_whole_is_read_too(network, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.delattr(architecture, "pieces")
-        checkpoint.write(tmp_path / "m", network, None)
+        checkpoint.Checkpoint(network).save(tmp_path / "m")
     read = checkpoint.read(tmp_path / "m").network
     assert torch.equal(read.model.layers[1].mlp.down_proj, network.model.layers[1].mlp.down_proj)
 
 
 @pytest.mark.parametrize("experts", [10**9, 99])
 def test_names_of_absurdly_many_pieces_are_never_made(network, tmp_path, monkeypatch, experts):
-    checkpoint.write(tmp_path / "m", network, None)
+    checkpoint.Checkpoint(network).save(tmp_path / "m")
     monkeypatch.setattr(architecture, "pieces", lambda name, config: pytest.fail("made"))
     path = tmp_path / "m" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "num_experts": experts}))
@@ -157,26 +163,35 @@ def test_any_stack_survives(tmp_path_factory, count, rows, columns, dtype, rando
 
 # Extra tensors.
 
-def test_extra_tensors_are_kept_bit_for_bit(network, tmp_path):
-    checkpoint.write(tmp_path / "m", network, None)
+def test_pass_through_tensors_come_back_bit_for_bit(model, tmp_path):
+    model.save(tmp_path / "m")
     read = checkpoint.read(tmp_path / "m", torch.bfloat16)
-    for name, tensor in network.extra_tensors.items():
-        again = read.network.extra_tensors[name]
+    for name, tensor in model.origin.passthrough.items():
+        again = read.origin.passthrough[name]
         assert again.dtype == tensor.dtype
         assert raw_bytes(again) == raw_bytes(tensor)
     assert not any(name.startswith("later") for name in read.network.state_dict())
-    checkpoint.write(tmp_path / "again", read.network, None)
-    assert torch.equal(stored(tmp_path / "again")["later.a"], network.extra_tensors["later.a"])
+    read.save(tmp_path / "again")
+    assert torch.equal(stored(tmp_path / "again")["later.a"], model.origin.passthrough["later.a"])
     assert checkpoint.read(tmp_path / "again", torch.bfloat16).digest == read.digest
-    del read.network.extra_tensors["later.b"]
-    assert vicugna.Model(read.network).digest != read.digest
+    before = read.digest
+    del read.origin.passthrough["later.b"]
+    assert read.digest != before
 
 
-def test_the_digest_of_a_model_covers_extra_tensors(network):
-    model = vicugna.Model(network)
+def test_the_digest_of_a_model_covers_pass_through_tensors(model):
     before = model.digest
-    network.extra_tensors["later.b"][0] = 2
+    model.origin.passthrough["later.b"][0] = 2
     assert model.digest != before
+
+
+def test_another_network_takes_over_what_came_with_the_first(model, tmp_path):
+    trained = models.build(OURS)
+    models.initialise(trained, 1)
+    other = model.with_network(trained)
+    other.save(tmp_path / "m")
+    assert other.digest == checkpoint.read(tmp_path / "m").digest != model.digest
+    assert torch.equal(stored(tmp_path / "m")["later.a"], model.origin.passthrough["later.a"])
 
 
 # FP8.
@@ -226,7 +241,7 @@ def test_fp8_is_read_in_the_dtype_asked_for(tmp_path, block):
         assert {t.dtype for t in state.values()} == {dtype or torch.bfloat16}
         for name, tensor in due.items():
             assert torch.equal(state[name], tensor.to(dtype or torch.bfloat16))
-    checkpoint.write(tmp_path / "w", checkpoint.read(tmp_path / "m").network, None)
+    checkpoint.read(tmp_path / "m").save(tmp_path / "w")
     assert "quantization_config" not in json.loads((tmp_path / "w" / "config.json").read_text())
     assert torch.equal(stored(tmp_path / "w")[name], due[name])
 
@@ -244,8 +259,8 @@ def test_fp8_as_transformers_dequantises_it(tmp_path):
             assert torch.equal(tensor, theirs)
 
 
-def test_fp8_experts_and_extra_tensors(network, tmp_path):
-    checkpoint.write(tmp_path / "m", network, None)
+def test_fp8_experts_and_pass_through_tensors(model, tmp_path):
+    model.save(tmp_path / "m")
     name, spare, block = "model.layers.0.mlp.1.w3", "later.a", [20, 20]
     due = {}
 
@@ -258,10 +273,10 @@ def test_fp8_experts_and_extra_tensors(network, tmp_path):
     path = tmp_path / "m" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {
         "quant_method": "fp8", "weight_block_size": block, "activation_scheme": "dynamic"}}))
-    read = checkpoint.read(tmp_path / "m").network
-    assert torch.equal(read.model.layers[0].mlp.gate_up_proj[1].chunk(2)[1], due[name])
-    assert torch.equal(read.extra_tensors[spare], due[spare].bfloat16())
-    assert read.extra_tensors.keys() == network.extra_tensors.keys()
+    read = checkpoint.read(tmp_path / "m")
+    assert torch.equal(read.network.model.layers[0].mlp.gate_up_proj[1].chunk(2)[1], due[name])
+    assert torch.equal(read.origin.passthrough[spare], due[spare].bfloat16())
+    assert read.origin.passthrough.keys() == model.origin.passthrough.keys()
 
 
 NAME = "model.layers.0.mlp.up_proj.weight"

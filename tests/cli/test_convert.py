@@ -28,7 +28,7 @@ def write(folder: Path, dtype: torch.dtype = torch.float32, values: torch.dtype 
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.copy_(torch.randn_like(parameter).to(values))
-    checkpoint.write(folder, network.to(dtype), None)
+    checkpoint.Checkpoint(network.to(dtype)).save(folder)
     return folder
 
 
@@ -101,7 +101,7 @@ def test_values_too_large_are_never_written(tmp_path: Path, cli: Any) -> None:
     write(tmp_path / "a")
     network = checkpoint.read(tmp_path / "a").network
     network.get_parameter("model.norm.weight").data[3] = 1e6
-    checkpoint.write(tmp_path / "a", network, None)
+    checkpoint.Checkpoint(network).save(tmp_path / "a")
     ended = cli("convert", tmp_path / "a", tmp_path / "b", "--dtype", "float16", "--lossy")
     assert ended.code == 2 and "model.norm.weight has values that are too large" in ended.line
     assert not (tmp_path / "b").exists()

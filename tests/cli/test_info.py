@@ -38,7 +38,7 @@ def write(folder: Path, kind: str, tok: Tokenizer | None = None, **changes: Any)
     models.initialise(network, seed=1)
     for parameter in network.parameters():  # and no buffer
         parameter.data = parameter.data.bfloat16()
-    checkpoint.write(folder, network, tok)
+    checkpoint.Checkpoint(network, tok).save(folder)
     return folder
 
 

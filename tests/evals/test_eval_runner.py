@@ -211,7 +211,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> checkpoint.Checkpoint:
         "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
         "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 600})
     models.initialise(network, 0)
-    return checkpoint.Checkpoint({}, network.eval(), words, {})
+    return checkpoint.Checkpoint(network.eval(), words, {})
 
 
 SPECS: list[dict[str, Any]] = [

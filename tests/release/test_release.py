@@ -49,7 +49,7 @@ def write_model(folder: Path, seed: int) -> None:
         "initializer_range": 0.5})
     models.initialise(network, seed)
     # Half of the vocabulary ends a reply, so that a random model's replies do end.
-    checkpoint.write(folder, network, words, {"eos_token_id": list(range(0, 280, 2))})
+    checkpoint.Checkpoint(network, words, {"eos_token_id": list(range(0, 280, 2))}).save(folder)
 
 
 def work(folder: Path) -> Workspace:

@@ -1,10 +1,10 @@
 """Checkpoints on disk: three forms (hf, gguf, meta), read, written, converted; and the digest."""
 
+from vicugna.checkpoint.checkpoint import Checkpoint, Origin
 from vicugna.checkpoint.digest import digest
-from vicugna.checkpoint.hf.directory import write
-from vicugna.checkpoint.load import Checkpoint, read, survey
+from vicugna.checkpoint.load import read, survey
 from vicugna.checkpoint.state_dict import named_tensors
 from vicugna.checkpoint.survey import Survey, default_generation_config
 
-__all__ = ["Checkpoint", "Survey", "default_generation_config", "digest", "named_tensors", "read",
-           "survey", "write"]
+__all__ = ["Checkpoint", "Origin", "Survey", "default_generation_config", "digest",
+           "named_tensors", "read", "survey"]

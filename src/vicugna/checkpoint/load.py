@@ -3,23 +3,18 @@
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
 
 from vicugna.checkpoint import state_dict
-from vicugna.checkpoint.digest import digest
+from vicugna.checkpoint.checkpoint import Checkpoint, Origin
 from vicugna.checkpoint.gguf import reader as gguf
 from vicugna.checkpoint.hf import directory
 from vicugna.checkpoint.meta import original as meta
 from vicugna.checkpoint.survey import Survey
 from vicugna.errors import VicugnaError
 from vicugna.files import disk_errors
-from vicugna.tokenizer import Tokenizer
 
 HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?")
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
@@ -33,23 +28,6 @@ HUB_ERRORS = {
 READERS: tuple[tuple[Callable[[Path], bool], Callable[[Path], Survey]], ...] = (
     (gguf.recognises, gguf.survey), (meta.recognises, meta.survey),
     (directory.recognises, directory.survey))
-
-
-@dataclass
-class Checkpoint:
-    """A checkpoint in memory. `config` is config.json as it was read."""
-
-    config: dict[str, Any]
-    network: nn.Module
-    tokenizer: Tokenizer | None
-    generation_config: dict[str, Any]
-
-    @cached_property
-    def digest(self) -> str:
-        """SHA-256 (hex) of what was loaded; taken on first use, so before training goes on."""
-        config: Any = self.network.config
-        return digest(state_dict.named_tensors(self.network), config.to_dict(), self.tokenizer,
-                      self.generation_config)
 
 
 def survey(path: str | Path) -> Survey:
@@ -70,15 +48,15 @@ def read(path: str | Path, dtype: torch.dtype | None = torch.float32,
 
     Parameters become `dtype`; None keeps what is stored. Buffers keep the network's own dtype.
     Weights stay a private mapping of their files where neither dtype nor device changes; NaN in
-    large ones is reported when the network first runs. What the folder says besides (a Survey)
-    stays in `network.origin`, for `write`. Raises VicugnaError.
+    large ones is reported when the network first runs. Raises VicugnaError.
     """
     found = survey(path)
     with disk_errors(path):
-        network: Any = state_dict.build(found.config, found.stored, str(found.source))
-        state_dict.fill(network, found.stored, dtype, torch.device(device), found.folder)
-    network.origin = replace(found, stored={})
-    return Checkpoint(found.config, network, found.tokenizer, found.generation_config)
+        network = state_dict.build(found.config, found.stored, str(found.source))
+        passthrough, check = state_dict.fill(network, found.stored, dtype, torch.device(device),
+                                             found.folder)
+    origin = Origin(found.config, found.tokenizer, found.files, passthrough, check)
+    return Checkpoint(network, found.tokenizer, found.generation_config, origin)
 
 
 def _locate(path: str | Path) -> Path:

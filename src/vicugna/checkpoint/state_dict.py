@@ -60,14 +60,15 @@ class _Undrawn(TorchFunctionMode):
 
 
 def fill(network: Any, stored: Mapping[str, Stored], dtype: torch.dtype | None,
-         device: torch.device, where: str | Path) -> None:
+         device: torch.device, where: str | Path
+         ) -> tuple[dict[str, Tensor], Callable[[], None]]:
     """Load the tensors straight into a network that has no memory yet.
 
-    Parameters become `dtype`; None keeps what is stored. What the architecture calls extra is kept
-    as it is stored, on the CPU, in `network.extra_tensors`.
-    VicugnaError where names or shapes do not fit, and for values that are not finite: of large
-    weights that stay mapped when the network first runs, or is saved or digested, which has to
-    read them anyway.
+    Parameters become `dtype`; None keeps what is stored. Returns the pass-through tensors, as they
+    are stored, on the CPU; and what raises VicugnaError for values that are not finite in large
+    weights that stay mapped: when the network first runs this is called, and it is to be called
+    before it is saved or digested, which have to read the weights anyway.
+    VicugnaError where names or shapes do not fit, and for values that are not finite elsewhere.
     """
     state, tied = network.state_dict(), _ties(network)
     made_of, extras = _parts(network, state, tied, stored, where)
@@ -93,15 +94,15 @@ def fill(network: Any, stored: Mapping[str, Stored], dtype: torch.dtype | None,
     for name, other in tied.items():
         owner, _, last = name.rpartition(".")
         setattr(modules[owner], last, network.get_parameter(other))
-    network.extra_tensors = {name: mapped.read([part], part.shape, part.kind, torch.device("cpu"))
-                             for name, part in extras.items()}
+    passthrough = {name: mapped.read([part], part.shape, part.kind, torch.device("cpu"))
+                   for name, part in extras.items()}
     network.eval()
     if mapped.unchecked:
-        def check(*_: Any) -> None:
+        def first_run(*_: Any) -> None:
             mapped.check()
-            first_run.remove()
-        first_run = network.register_forward_pre_hook(check)
-        network.check_values = check
+            hook.remove()
+        hook = network.register_forward_pre_hook(first_run)
+    return passthrough, mapped.check
 
 
 def parts(network: Any, stored: Mapping[str, Stored], where: str | Path
@@ -139,10 +140,8 @@ def _parts(network: Any, state: Mapping[str, Tensor], tied: Mapping[str, str],
 
 
 def named_tensors(network: Any) -> dict[str, Tensor]:
-    """All that was loaded, by its names in a checkpoint's files and without copies: parameters
-    (tied ones once, stacked ones in their pieces), buffers and extra tensors. VicugnaError for
-    values that are not finite, of what was loaded and not looked at yet."""
-    getattr(network, "check_values", lambda: None)()
+    """The network's parameters (tied ones once, stacked ones in their pieces) and buffers, by
+    their names in a checkpoint's files and without copies."""
     tied, pieces = _ties(network), of_module(network, "pieces")
     result: dict[str, Tensor] = {}
     for name, tensor in network.state_dict().items():
@@ -150,7 +149,7 @@ def named_tensors(network: Any) -> dict[str, Tensor]:
             names = pieces(name, network.config) or [name]
             views = tensor.reshape(len(names), *_shape(tensor, name, names))
             result |= dict(zip(names, views, strict=True))
-    return result | getattr(network, "extra_tensors", {})
+    return result
 
 
 def of_module(network: Any, name: str) -> Callable[[str, Any], Any]:

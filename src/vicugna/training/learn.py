@@ -91,8 +91,6 @@ def whole(network: nn.Module) -> nn.Module:
     state = get_model_state_dict(network, options=options)
     config: Any = network.config
     fresh: Any = models.build(config.to_dict())
-    for kept in {"extra_tensors", "origin"} & vars(network).keys():  # see checkpoint.read
-        setattr(fresh, kept, getattr(network, kept))
     if state:
         fresh.load_state_dict(state)
     return fresh

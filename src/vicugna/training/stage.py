@@ -37,7 +37,7 @@ def train_stage(model: Model, spec: TrainSpec | RlSpec, seed: int, folder: Path,
                       spec, folder, name, ranks)
     else:
         spent = learn.from_data(network, tok, spec, seed, folder, cache, name, ranks)
-    trained = Model(learn.whole(network), tok, model.generation_config)
+    trained = model.with_network(learn.whole(network))
     if ranks.first:
         trained.save(folder / "checkpoint")
     return trained.digest if ranks.first else "", spent

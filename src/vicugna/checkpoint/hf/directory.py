@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vicugna.checkpoint import state_dict
 from vicugna.checkpoint.folder import inside, read_object
 from vicugna.checkpoint.hf import weights
 from vicugna.checkpoint.stored import Stored, broken, short
-from vicugna.checkpoint.survey import Survey, default_generation_config
+from vicugna.checkpoint.survey import Survey
 from vicugna.errors import VicugnaError
 from vicugna.files import (
     disk_errors,
@@ -117,42 +116,19 @@ def refusal(path: Path) -> VicugnaError:
                         "Use the safetensors form of this checkpoint")
 
 
-def write(folder: str | Path, network: nn.Module, tokenizer: Tokenizer | None,
-          generation_config: Mapping[str, Any] | None = None) -> None:
-    """Write a checkpoint into `folder`, whole or not at all, replacing a checkpoint there.
-
-    The same model gives the same bytes. `generation_config` None is made from the tokenizer. Of a
-    network that was read from a checkpoint, config.json keeps the keys that are not modelled here,
-    and its tokenizer's files stay as they were.
-    Raises VicugnaError, also for a folder which holds anything that is not of a checkpoint.
-    """
-    if generation_config is None:
-        generation_config = default_generation_config(tokenizer)
-    written: Any = network.config
-    config, origin = written.to_dict(), getattr(network, "origin", None)
-    if origin is None:
-        config |= {key: generation_config[key] for key in TOKEN_IDS if key in generation_config}
-    else:
-        config = _changed(origin.config, type(written).from_dict(origin.config).to_dict(), config)
-    files = origin.files if origin is not None and tokenizer is origin.tokenizer else {}
-    dtype = next(network.parameters()).dtype
-    _write_folder(folder, state_dict.named_tensors(network), dtype, config, generation_config,
-                  tokenizer, files)
-
-
 def write_tensors(folder: str | Path, found: Survey, tensors: Mapping[str, Stored]) -> None:
     """As `write`, for the checkpoint `found` with these tensors in place of its own: each is read
     when its turn comes. The dtype of most of them stands in config.json."""
     sizes: Counter[torch.dtype] = Counter()
     for tensor in tensors.values():
         sizes[tensor.dtype] += tensor.nbytes
-    _write_folder(folder, tensors, sizes.most_common(1)[0][0], found.config,
+    write(folder, tensors, sizes.most_common(1)[0][0], found.config,
                   found.generation_config, found.tokenizer, found.files)
 
 
-def _changed(origin: dict[str, Any], before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+def changed(origin: dict[str, Any], before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     """config.json as it was, with what is otherwise `now` in the config that was made of it."""
-    changed = {key: _changed(origin[key], before[key], value) if all(
+    changed = {key: changed(origin[key], before[key], value) if all(
         isinstance(one.get(key), dict) for one in (origin, before, now)) and key.endswith("_config")
         else value for key, value in now.items() if value != before.get(key)}
     if changed.keys() & {"rope_theta", "rope_scaling"}:  # these two keys say it all
@@ -162,11 +138,14 @@ def _changed(origin: dict[str, Any], before: dict[str, Any], now: dict[str, Any]
     return origin | changed
 
 
-def _write_folder(folder: str | Path, tensors: Mapping[str, Tensor | Stored], dtype: torch.dtype,
-                  config: Mapping[str, Any], generation_config: Mapping[str, Any],
-                  tokenizer: Tokenizer | None, files: Mapping[str, bytes]) -> None:
-    """Replace `folder`; the tokenizer's files are `files`, if tokenizer.json is one of them, or
-    else those of its maker, if any, and what we make of them."""
+def write(folder: str | Path, tensors: Mapping[str, Tensor | Stored], dtype: torch.dtype,
+          config: Mapping[str, Any], generation_config: Mapping[str, Any],
+          tokenizer: Tokenizer | None, files: Mapping[str, bytes]) -> None:
+    """Write a checkpoint into `folder`, whole or not at all, replacing a checkpoint there.
+
+    The same model gives the same bytes. The tokenizer's files are `files`, if tokenizer.json is one
+    of them, or else those of its maker, if any, and what we make of them.
+    """
     folder = Path(os.path.expanduser(folder)).resolve()
     with disk_errors(folder):
         others = [path.name for path in (folder.iterdir() if folder.exists() else ())

@@ -1,0 +1,96 @@
+"""A checkpoint in memory: a network, its tokenizer, and what came with them."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from torch import Tensor, nn
+
+from vicugna.checkpoint.digest import digest
+from vicugna.checkpoint.hf import directory
+from vicugna.checkpoint.state_dict import named_tensors
+from vicugna.checkpoint.survey import default_generation_config
+from vicugna.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What came with a network, and goes with it where it is saved.
+
+    `config` is config.json as it was read, `files` the contents of the files of `tokenizer`,
+    `passthrough` the tensors that the network does not compute with, by name. `check` raises
+    VicugnaError for values that are not finite in weights that were not looked at yet.
+    """
+
+    config: dict[str, Any]
+    tokenizer: Tokenizer | None
+    files: dict[str, bytes]
+    passthrough: dict[str, Tensor]
+    check: Callable[[], None] = lambda: None
+
+
+class Checkpoint:
+    """A network with its tokenizer, if any, and generation_config.json, by default made from the
+    tokenizer. `origin` is None for a network that was not read from a checkpoint."""
+
+    def __init__(self, network: nn.Module, tokenizer: Tokenizer | None = None,
+                 generation_config: dict[str, Any] | None = None,
+                 origin: Origin | None = None) -> None:
+        self.network: Any = network
+        self.tokenizer = tokenizer
+        self.generation_config = (default_generation_config(tokenizer)
+                                  if generation_config is None else generation_config)
+        self.origin = origin
+        self._digest: tuple[Any, str] | None = None
+
+    @property
+    def config(self) -> Any:
+        """The network's frozen Config; its fields are the keys of config.json."""
+        return self.network.config
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that was loaded, by its names in a checkpoint's files and without copies.
+        VicugnaError for values that are not finite, of what was loaded and not looked at yet."""
+        if self.origin is None:
+            return named_tensors(self.network)
+        self.origin.check()
+        return named_tensors(self.network) | self.origin.passthrough
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of what is loaded (see digest.py), computed on first use, and again once
+        something was replaced or a weight was trained."""
+        tensors = self.tensors()
+        more = self.tokenizer, dict(self.generation_config)
+        state = [(tensor.data_ptr(), tensor._version) for tensor in tensors.values()], more
+        if self._digest is None or self._digest[0] != state:
+            self._digest = state, digest(tensors, self.config.to_dict(), *more)
+        return self._digest[1]
+
+    def with_network(self, network: nn.Module) -> Self:
+        """The same with another network of the same config, such as a trained one."""
+        other = copy.copy(self)
+        other.network, other._digest = network, None
+        return other
+
+    def save(self, folder: str | Path) -> None:
+        """Write a Hugging Face directory, whole or not at all; loading it gives this digest.
+
+        config.json keeps the keys of the original that are not modelled here, and the tokenizer's
+        files stay as they were. Raises VicugnaError, also for a folder which holds anything that
+        is not of a checkpoint.
+        """
+        tensors, origin = self.tensors(), self.origin
+        dtype = next(self.network.parameters()).dtype
+        config, files = self.config.to_dict(), {}
+        if origin is None:
+            config |= {key: self.generation_config[key] for key in directory.TOKEN_IDS
+                       if key in self.generation_config}
+        else:
+            before = type(self.config).from_dict(origin.config).to_dict()
+            config = directory.changed(origin.config, before, config)
+            files = origin.files if self.tokenizer is origin.tokenizer else {}
+        directory.write(folder, tensors, dtype, config, self.generation_config, self.tokenizer,
+                        files)
