@@ -25,9 +25,11 @@ from transformers.utils import logging
 
 from vicugna import models
 from vicugna.distributed import Ranks
+from vicugna.training.batch import TrainingBatch
 from vicugna.training.cost import flops_per_token, matmul_rate
+from vicugna.training.objectives import next_token
 from vicugna.training.recipe import OptimiserSpec, StageSpec
-from vicugna.training.trainer import WeightedBatch, train
+from vicugna.training.trainer import train
 
 SHAPE: dict[str, Any] = {"vocab_size": 32000, "hidden_size": 512, "intermediate_size": 1408,
          "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4,
@@ -75,20 +77,20 @@ def ours(state: dict[str, torch.Tensor], batches: list[torch.Tensor], precision:
     network.load_state_dict(state)
     begins: list[float] = []
 
-    def batch_of(step: int) -> WeightedBatch:
+    def batch_of(step: int) -> TrainingBatch:
         begins.append(time.perf_counter())
         tokens = batches[step]
         positions = torch.arange(tokens.shape[1] - 1).expand(tokens.shape[0], -1)
         weights = torch.ones(tokens.shape[0], tokens.shape[1] - 1)
-        return WeightedBatch(tokens[:, :-1], positions, tokens[:, 1:], weights,
-                             float(weights.sum()), {})
+        return TrainingBatch(tokens[:, :-1], positions, tokens[:, 1:], weights,
+                             float(weights.sum()))
 
     spec = StageSpec(steps=len(batches), precision=precision, checkpoint_every=10**9,
                      optimiser=OptimiserSpec(kind="adamw", learning_rate=LEARNING_RATE,
                                              schedule="wsd", warmup=0, decay=1e-9, beta1=0.9))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as folder:
-        train(network, batch_of, spec, Path(folder), "bench", Ranks(device=device))
+        train(network, next_token, batch_of, spec, Path(folder), "bench", Ranks(device=device))
     reference = LlamaForCausalLM(LlamaConfig(**SHAPE))
     reference.load_state_dict(network.state_dict())
     with torch.no_grad():
@@ -121,7 +123,6 @@ def main() -> None:
               f"ratio {a / b:.2f}   loss after {loss_a:.4f} / {loss_b:.4f}", flush=True)
     ratio = statistics.median(mine / other for other, mine, _, _ in rounds)
     network = models.build({"model_type": "llama", **SHAPE})
-    dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     mine = statistics.median(r[1] for r in rounds)
     print(json.dumps({
@@ -129,7 +130,8 @@ def main() -> None:
         "vicugna_tokens_per_second": round(mine),
         "transformers_tokens_per_second": round(statistics.median(r[0] for r in rounds)),
         "share_of_matmul_rate": round(
-            mine * flops_per_token(network, options.length) / matmul_rate(dtype, device), 3),
+            mine * flops_per_token(network, options.length)
+            / matmul_rate(options.precision, device), 3),
         "parameters": sum(p.numel() for p in network.parameters()),
         "precision": options.precision, "rows": options.rows, "length": options.length,
         "threads": torch.get_num_threads(), "cores": os.cpu_count(), "torch": torch.__version__}))

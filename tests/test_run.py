@@ -24,7 +24,7 @@ from vicugna.errors import VicugnaError
 from vicugna.files import owned, read_json
 from vicugna.ledger import Ledger
 from vicugna.release import verify
-from vicugna.training import cost, learn
+from vicugna.training import cost, supervised
 from vicugna.training.recipe import Recipe, read
 
 KILLS = int(os.environ.get("VICUGNA_KILLS", "2"))  # more take minutes
@@ -143,7 +143,7 @@ def test_every_storage_call_may_be_the_last(life: Life, monkeypatch: pytest.Monk
 def test_what_is_done_is_not_done_again(life: Life, monkeypatch: pytest.MonkeyPatch) -> None:
     life()
     before = read_json(life.folder / "02-pretrain" / "stage.json")
-    monkeypatch.setattr(learn, "from_data", None)  # would raise
+    monkeypatch.setattr(supervised, "from_data", None)  # would raise
     life()
     assert read_json(life.folder / "02-pretrain" / "stage.json") == before
     assert len(life.ledger.attempts()) == 2
@@ -244,7 +244,7 @@ def test_memory_that_runs_out(life: Life, monkeypatch: pytest.MonkeyPatch) -> No
     def greedy(*arguments: Any, **how: Any) -> None:
         torch.empty(1 << 60)
 
-    monkeypatch.setattr(learn, "from_data", greedy)
+    monkeypatch.setattr(supervised, "from_data", greedy)
     life.values["model"] = {"depth": 1, "width": 16, "heads": 2, "context": 256}
     with pytest.raises(VicugnaError, match="memory ran out"):
         life()

@@ -28,7 +28,7 @@ from vicugna.memory import peak_memory
 from vicugna.model import Model
 from vicugna.release import About, make_release
 from vicugna.release.report import write_report
-from vicugna.training import grpo, learn
+from vicugna.training import rollouts, supervised
 from vicugna.training import stage as training
 from vicugna.training.recipe import STAGES, Recipe
 
@@ -95,12 +95,12 @@ def _check(recipe: Recipe) -> None:
         if spec := getattr(recipe, stage):
             _check_sources(spec.sources, f"{stage}.sources")
             if recipe.model.start is None:
-                learn.check_length(spec.sequence_length, recipe.model.context, stage)
+                supervised.check_length(spec.sequence_length, recipe.model.context, stage)
     if recipe.data.sources:
         _check_sources(recipe.data.sources, "data.sources")
     if recipe.rl is not None:
         _check_sources(recipe.rl.tasks, "rl.tasks")
-        grpo.check(recipe.rl.tasks, recipe.rl.parallel)
+        rollouts.check(recipe.rl.tasks, recipe.rl.parallel)
     for group in recipe.eval.groups if recipe.eval else ():
         for one in grid(group):
             tasks.get(one.task)

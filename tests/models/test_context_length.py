@@ -14,7 +14,7 @@ from vicugna.checkpoint import convert
 from vicugna.cli import app, planning
 from vicugna.engine import Sampling, generate
 from vicugna.errors import VicugnaError
-from vicugna.training.learn import check_length
+from vicugna.training.supervised import check_length
 
 ORIGINAL = "original_max_position_embeddings"
 TINY = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1,

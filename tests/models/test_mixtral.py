@@ -11,7 +11,9 @@ from transformers import MixtralConfig
 import vicugna
 from vicugna import models
 from vicugna.errors import VicugnaError
-from vicugna.training.loss import Objective
+from vicugna.training.batch import TrainingBatch
+from vicugna.training.loss import Loss
+from vicugna.training.objectives import next_token
 
 
 def config(**changes):
@@ -78,7 +80,8 @@ def test_the_loss_with_balancing_equals_transformers():
     due.backward()
     ours.train()
     positions = torch.arange(20).expand(2, -1)
-    total = Objective(ours, "fp32")(tokens[:, :-1], positions, labels.clamp(min=0), real.float())
+    batch = TrainingBatch(tokens[:, :-1], positions, labels.clamp(min=0), real.float())
+    total = Loss(ours, next_token, "fp32")(batch)
     loss = total / real.sum()
     loss.backward()
     assert 0.5 * out.aux_loss > 0.4  # a part that would be missed
@@ -89,7 +92,7 @@ def test_the_loss_with_balancing_equals_transformers():
                               (mine.experts.gate_up_proj, layer.mlp.experts.gate_up_proj)):
             torch.testing.assert_close(got.grad, expected.grad, atol=1e-5, rtol=1e-4)
     ours.eval()
-    total = Objective(ours, "fp32")(tokens[:, :-1], positions, labels.clamp(min=0), real.float())
+    total = Loss(ours, next_token, "fp32")(batch)
     plain = cross_entropy(out.logits.flatten(0, 1), labels.flatten())
     torch.testing.assert_close(total / real.sum(), plain, atol=1e-5, rtol=1e-5)
 

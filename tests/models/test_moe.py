@@ -13,15 +13,10 @@ from vicugna import models
 from vicugna.distributed import Ranks
 from vicugna.models.layers import moe
 from vicugna.models.layers.attention import Dense
-from vicugna.models.layers.moe import (
-    Balanced,
-    Experts,
-    MoE,
-    Router,
-    balance_loss,
-    capture_router_logits,
-)
-from vicugna.training.loss import Objective
+from vicugna.models.layers.moe import Balanced, Experts, MoE, Router, capture_router_logits
+from vicugna.training.batch import TrainingBatch
+from vicugna.training.loss import Loss
+from vicugna.training.objectives import balance_loss, next_token
 from vicugna.training.trainer import balance_experts
 
 
@@ -199,7 +194,8 @@ def loss_of(network, rows=slice(None), weights=None):
     tokens = parity.random_tokens(4, 11)[rows]
     positions = torch.arange(10).expand(len(tokens), -1)
     weights = torch.ones(len(tokens), 10) if weights is None else weights[rows]
-    return Objective(network, "fp32")(tokens[:, :-1], positions, tokens[:, 1:], weights)
+    batch = TrainingBatch(tokens[:, :-1], positions, tokens[:, 1:], weights)
+    return Loss(network, next_token, "fp32")(batch)
 
 
 def test_router_logits_are_captured_once_each_and_hooks_removed():
@@ -235,7 +231,8 @@ def test_padding_has_no_part_in_the_balance_loss():
     positions, values = torch.arange(10).expand(4, -1), []
     for filler in (3, 50):
         tokens[0, 6:10], tokens[1, :10] = filler, filler
-        values.append(Objective(network, "fp32")(tokens[:, :-1], positions, targets, weights))
+        batch = TrainingBatch(tokens[:, :-1], positions, targets, weights)
+        values.append(Loss(network, next_token, "fp32")(batch))
     assert_close(*values)
     loss_of(network, weights=torch.zeros(4, 10)).backward()  # nothing to learn: no NaN
     assert all(p.grad is None or p.grad.isfinite().all() for p in network.parameters())

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from vicugna import models
+from vicugna.training.batch import TrainingBatch
 from vicugna.training.recipe import OptimiserSpec, TrainSpec
-from vicugna.training.trainer import WeightedBatch
 
 VOCAB = 40
 
@@ -35,21 +35,21 @@ def spec(**other: Any) -> TrainSpec:
                         "optimiser": OptimiserSpec(**optimiser), **other})
 
 
-def batch(step: int, rank: int = 0, world: int = 1, rows: int = 4, T: int = 16) -> WeightedBatch:
+def batch(step: int, rank: int = 0, world: int = 1, rows: int = 4, T: int = 16) -> TrainingBatch:
     """Rows of the step, a function of it alone, that the ranks share; two documents a row."""
     random = torch.Generator().manual_seed(step)
     tokens = torch.randint(VOCAB, (rows, T + 1), generator=random)
     weights = (torch.rand(rows, T, generator=random) < 0.7).float()
     positions = torch.cat([torch.arange(5), torch.arange(T - 5)]).expand(rows, T)
     own = slice(rank * rows // world, (rank + 1) * rows // world)
-    return WeightedBatch(tokens[own, :-1], positions[own], tokens[own, 1:], weights[own],
-                         float(weights.sum()), {})
+    return TrainingBatch(tokens[own, :-1], positions[own], tokens[own, 1:], weights[own],
+                         float(weights.sum()))
 
 
-def stopping_at(step: int, batches: Callable[[int], WeightedBatch] = batch
-                ) -> Callable[[int], WeightedBatch]:
+def stopping_at(step: int, batches: Callable[[int], TrainingBatch] = batch
+                ) -> Callable[[int], TrainingBatch]:
     """`batches`, until a step at which the process dies."""
-    def one(now: int) -> WeightedBatch:
+    def one(now: int) -> TrainingBatch:
         if now == step:
             raise KeyboardInterrupt
         return batches(now)

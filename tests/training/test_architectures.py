@@ -13,6 +13,7 @@ from kit import VOCAB, batch, network, spec
 from vicugna.distributed import Ranks
 from vicugna.models.layers.moe import Balanced
 from vicugna.training import cost
+from vicugna.training.objectives import next_token
 from vicugna.training.trainer import train
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -42,7 +43,7 @@ def test_every_architecture_trains(kind: str, tmp_path: Path, monkeypatch: pytes
     net = network(kind.split()[0], tie_word_embeddings=False, **KINDS[kind])
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
     how = spec(steps=12, micro_rows=2, optimiser={"kind": "adamw", "learning_rate": 0.01})
-    train(net, lambda step: batch(0), how, tmp_path, "t", Ranks())
+    train(net, next_token, lambda step: batch(0), how, tmp_path, "t", Ranks())
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
     assert all(row["mfu"] > 0 for row in rows)

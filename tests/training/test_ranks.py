@@ -17,8 +17,9 @@ def processes(count: int, folder: Path, what: str = "all") -> subprocess.Complet
     start = ["-m", "torch.distributed.run", f"--nproc-per-node={count}", "--standalone"]
     return subprocess.run(
         [sys.executable, *(start if count > 1 else []), HERE / "two_ranks.py", folder, what],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE),
-             "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=200)
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+             "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])},
+        capture_output=True, text=True, timeout=200)
 
 
 @pytest.fixture(scope="module")

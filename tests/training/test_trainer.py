@@ -17,11 +17,20 @@ from vicugna.distributed import Ranks
 from vicugna.errors import VicugnaError
 from vicugna.models.layers.moe import MoE
 from vicugna.training import trainer
-from vicugna.training.loss import Objective
-from vicugna.training.trainer import Metrics, WeightedBatch, balance_experts, padding, train
+from vicugna.training.batch import TrainingBatch, padding
+from vicugna.training.loss import Loss
+from vicugna.training.metrics import Metrics
+from vicugna.training.objectives import next_token
+from vicugna.training.recipe import TrainSpec
+from vicugna.training.trainer import Batches, Validate, balance_experts
 
 ALONE = Ranks()
 TIMES = ("tokens_per_second", "mfu")
+
+
+def train(net: nn.Module, batches: Batches, how: TrainSpec, folder: Path, where: str = "t",
+          validate: Validate | None = None) -> dict[str, Any]:
+    return trainer.train(net, next_token, batches, how, folder, where, ALONE, validate)
 
 
 def bytes_of(net: nn.Module) -> dict[str, bytes]:
@@ -35,9 +44,7 @@ def figures(folder: Path) -> list[dict[str, Any]]:
 
 def seen_loss(module: nn.Module, step: int) -> dict[str, float]:
     with torch.no_grad():
-        b = batch(1000)
-        return {"validation_loss": float(module(b.tokens_BT, b.positions_BT, b.targets_BT,
-                                                b.weights_BT))}
+        return {"validation_loss": float(module(batch(1000)))}
 
 
 MIXED = {"num_experts": 4, "num_experts_per_tok": 2}
@@ -48,15 +55,14 @@ def test_a_killed_training_ends_in_the_same_bytes(kind: str, shape: dict[str, in
                                                   tmp_path: Path) -> None:
     how = spec(optimiser={"kind": kind, "weight_decay": 0.1})
     calm = network(**shape)
-    cost = train(calm, batch, how, tmp_path / "calm", "t", ALONE, seen_loss)
+    cost = train(calm, batch, how, tmp_path / "calm", validate=seen_loss)
     for stop in (2, 5, 7):  # before the first checkpoint, between two, after the last
         with pytest.raises(KeyboardInterrupt):
-            train(network(**shape), stopping_at(stop), how, tmp_path / "killed", "t", ALONE,
-                  seen_loss)
+            train(network(**shape), stopping_at(stop), how, tmp_path / "killed", validate=seen_loss)
         with open(tmp_path / "killed" / "metrics.jsonl", "a") as file:
             file.write('{"step": 9')  # a torn line
     again = network(**shape)
-    cost_again = train(again, batch, how, tmp_path / "killed", "t", ALONE, seen_loss)
+    cost_again = train(again, batch, how, tmp_path / "killed", validate=seen_loss)
     assert bytes_of(again) == bytes_of(calm)
     assert figures(tmp_path / "killed") == figures(tmp_path / "calm")
     assert [row["step"] for row in figures(tmp_path / "killed")] == list(range(8))
@@ -71,14 +77,14 @@ def test_the_state_holds_every_moment(tmp_path: Path) -> None:
     from vicugna.training import optimisers, state
     net, how = network(**MIXED), spec()
     opts = optimisers.build(net, how.optimiser)
-    module = Objective(net, "fp32")
+    module = Loss(net, next_token, "fp32")
     for step in range(3):
         trainer._step(module, net, opts, batch(step), how, ALONE)
     progress = {"step": 3, "skipped": 1, "bad": 1, "tokens": 7, "seconds": 0.5, "flops": 2.0}
     state.save(tmp_path, module, opts, progress, ALONE)
     other = network(seed=1, **MIXED)
     fresh = optimisers.build(other, how.optimiser)
-    assert state.load(tmp_path, Objective(other, "fp32"), fresh, ALONE) == progress
+    assert state.load(tmp_path, Loss(other, next_token, "fp32"), fresh, ALONE) == progress
     assert bytes_of(other) == bytes_of(net)
     for old, new in zip(opts, fresh, strict=True):
         assert len(new.state) == len(old.state) > 0
@@ -91,8 +97,8 @@ def test_the_state_holds_every_moment(tmp_path: Path) -> None:
 
 def test_validation_changes_nothing(tmp_path: Path) -> None:
     plain, watched = network(**MIXED), network(**MIXED)
-    train(plain, batch, spec(), tmp_path / "a", "t", ALONE)
-    train(watched, batch, spec(), tmp_path / "b", "t", ALONE, seen_loss)
+    train(plain, batch, spec(), tmp_path / "a")
+    train(watched, batch, spec(), tmp_path / "b", validate=seen_loss)
     assert bytes_of(plain) == bytes_of(watched)
 
 
@@ -100,8 +106,8 @@ def test_validation_changes_nothing(tmp_path: Path) -> None:
 def test_accumulated_gradients_are_those_of_the_whole_batch(micro: int, tmp_path: Path) -> None:
     whole, parts = network(**MIXED), network(**MIXED)
     adamw = {"kind": "adamw", "learning_rate": 1e-3}
-    train(whole, batch, spec(optimiser=adamw), tmp_path / "a", "t", ALONE)
-    train(parts, batch, spec(optimiser=adamw, micro_rows=micro), tmp_path / "b", "t", ALONE)
+    train(whole, batch, spec(optimiser=adamw), tmp_path / "a")
+    train(parts, batch, spec(optimiser=adamw, micro_rows=micro), tmp_path / "b")
     for one, two in zip(figures(tmp_path / "a"), figures(tmp_path / "b"), strict=True):
         assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
         assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4)
@@ -110,15 +116,14 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(micro: int, tmp_path
         torch.testing.assert_close(one, two, atol=2e-4, rtol=1e-3, msg=name)
 
 
-def spoilt(step: int) -> WeightedBatch:
+def spoilt(step: int) -> TrainingBatch:
     return replace(batch(step), weights_BT=batch(step).weights_BT * float("inf"))
 
 
 def test_a_loss_that_is_not_finite_is_skipped_and_counted(tmp_path: Path) -> None:
     spoilt_steps = {2, 4}
     net = network()
-    cost = train(net, lambda s: spoilt(s) if s in spoilt_steps else batch(s), spec(), tmp_path,
-                 "t", ALONE)
+    cost = train(net, lambda s: spoilt(s) if s in spoilt_steps else batch(s), spec(), tmp_path)
     assert cost["skipped"] == 2
     assert all(bool(p.isfinite().all()) for p in net.parameters())
     rows = figures(tmp_path)
@@ -132,7 +137,7 @@ def test_a_skipped_step_leaves_the_weights(tmp_path: Path) -> None:
     net = network(**MIXED)
     before, how = bytes_of(net), spec()
     opts = optimisers.build(net, how.optimiser)
-    trainer._step(Objective(net, "fp32"), net, opts, spoilt(0), how, ALONE)
+    trainer._step(Loss(net, next_token, "fp32"), net, opts, spoilt(0), how, ALONE)
     assert bytes_of(net) == before
     assert all(p.grad is None for p in net.parameters())
 
@@ -141,7 +146,7 @@ def test_a_token_without_an_embedding_is_named(tmp_path: Path) -> None:
     one = batch(0)
     one.targets_BT[2, 3] = VOCAB
     with pytest.raises(VicugnaError, match=rf"token {VOCAB}.* vocab_size is {VOCAB}"):
-        train(network(), lambda step: one, spec(), tmp_path, "sft", ALONE)
+        train(network(), lambda step: one, spec(), tmp_path, "sft")
 
 
 def test_rows_are_filled_with_a_token_that_has_an_embedding() -> None:
@@ -153,33 +158,33 @@ def test_rows_are_filled_with_a_token_that_has_an_embedding() -> None:
 def test_a_loss_that_stays_broken_is_an_error(steps: int, tmp_path: Path) -> None:
     rates = {"learning_rate": 1e30, "muon_learning_rate": 1e30}
     with pytest.raises(VicugnaError, match=r"not finite for \d steps.*learning_rate"):
-        train(network(), batch, spec(steps=steps, optimiser=rates), tmp_path, "pretrain", ALONE)
+        train(network(), batch, spec(steps=steps, optimiser=rates), tmp_path, "pretrain")
 
 
 def test_steps_that_failed_before_a_kill_count(tmp_path: Path) -> None:
     how = spec(steps=40, checkpoint_every=1)
     with pytest.raises(KeyboardInterrupt):
-        train(network(), stopping_at(6, spoilt), how, tmp_path, "t", ALONE)
+        train(network(), stopping_at(6, spoilt), how, tmp_path)
     with pytest.raises(VicugnaError, match="8 steps in a row, the last being step 7"):
-        train(network(), spoilt, how, tmp_path, "t", ALONE)
+        train(network(), spoilt, how, tmp_path)
 
 
 def test_a_damaged_state_is_named(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        train(network(), stopping_at(5), spec(), tmp_path, "t", ALONE)
+        train(network(), stopping_at(5), spec(), tmp_path)
     for file in (tmp_path / "state").iterdir():
         file.write_bytes(file.read_bytes()[:40])
     with pytest.raises(VicugnaError, match=r"state cannot be used.*Delete it"):
-        train(network(), batch, spec(), tmp_path, "t", ALONE)
+        train(network(), batch, spec(), tmp_path)
 
 
 def test_a_kill_while_a_state_is_replaced_keeps_one(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        train(network(), stopping_at(5), spec(), tmp_path, "t", ALONE)
+        train(network(), stopping_at(5), spec(), tmp_path)
     (tmp_path / "state").rename(tmp_path / ".state.abcd_123.old")  # between the two renames
     (tmp_path / ".state.efgh4567.tmp").mkdir()
     seen: list[int] = []
-    train(network(), lambda step: (seen.append(step), batch(step))[1], spec(), tmp_path, "t", ALONE)
+    train(network(), lambda step: (seen.append(step), batch(step))[1], spec(), tmp_path)
     assert seen[0] == 3
     assert not list(tmp_path.glob(".state*"))
 
@@ -221,7 +226,7 @@ def test_balancing_evens_the_load() -> None:
 
 def test_bf16_trains(tmp_path: Path) -> None:
     net = network()
-    train(net, lambda step: batch(0), spec(steps=30, precision="bf16"), tmp_path, "t", ALONE)
+    train(net, lambda step: batch(0), spec(steps=30, precision="bf16"), tmp_path)
     rows = figures(tmp_path)
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
     assert {p.dtype for p in net.parameters()} == {torch.float32}

@@ -20,7 +20,8 @@ from vicugna import tokenizer
 from vicugna.checkpoint import digest
 from vicugna.distributed import Ranks, process_group
 from vicugna.files import write_json
-from vicugna.training import cost, grpo, learn
+from vicugna.training import cost, parallel, rollouts
+from vicugna.training.objectives import next_token, policy_gradient
 from vicugna.training.recipe import RlSpec
 from vicugna.training.trainer import train
 
@@ -34,8 +35,7 @@ WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 def validated(ranks: Ranks, module: nn.Module, step: int) -> dict[str, float]:
     with torch.no_grad():
-        b = batch(1000, ranks.rank, ranks.world)
-        loss = module(b.tokens_BT, b.positions_BT, b.targets_BT, b.weights_BT)
+        loss = module(batch(1000, ranks.rank, ranks.world))
     return {"validation_loss": ranks.total(float(loss))[0]}
 
 
@@ -43,9 +43,9 @@ def trained(way: str, folder: Path, ranks: Ranks, stop: int = 99) -> None:
     shape, how = WAYS[way]
     net = network(**shape)
     share = partial(batch, rank=ranks.rank, world=ranks.world)
-    train(net, stopping_at(stop, share), spec(**how), folder, way, ranks,
+    train(net, next_token, stopping_at(stop, share), spec(**how), folder, way, ranks,
           partial(validated, ranks))
-    whole = learn.whole(net)
+    whole = parallel.whole(net)
     if ranks.first:
         write_json(folder / "digest.json", digest(whole.state_dict(), {}, None, {}))
 
@@ -58,7 +58,7 @@ def reinforced(folder: Path, ranks: Ranks) -> None:
     net = network(vocab_size=words.vocab_size, max_position_embeddings=4096, **MIXED)
 
     def answers(step: int) -> Any:
-        made = grpo.rollout(net, words, how, 0, step, ranks)
+        made = rollouts.rollout(net, words, how, 0, step, ranks)
         if ranks.world == 1 or ranks.rank:
             return made
         # Ranks may have different numbers of rows: this one has one more, that weighs nothing.
@@ -68,13 +68,13 @@ def reinforced(folder: Path, ranks: Ranks) -> None:
         return replace(made, tokens_BT=tokens, positions_BT=positions, targets_BT=targets,
                        weights_BT=weights)
 
-    train(net, answers, how, folder, "rl", ranks)
+    train(net, policy_gradient, answers, how, folder, "rl", ranks)
 
 
 def main() -> None:
     folder, what = Path(sys.argv[1]), sys.argv[2]
     cost.matmul_rate = lambda dtype, device: 1e9  # type: ignore[assignment]
-    grpo.reward = lambda item, prompt, completion, words: (  # type: ignore[assignment]
+    rollouts.reward = lambda item, prompt, completion, words: (  # type: ignore[assignment]
         sum(token % 2 for token in completion.tokens) / len(completion.tokens))
     with process_group() as ranks:
         if what == "fail":  # one rank fails while the other waits for it

@@ -25,8 +25,9 @@ def _counts(config: str) -> Counts:
     return count(json.loads(config))
 
 
-def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOPs per second of a large matrix product here, the limit that utilisation is a share of."""
+def matmul_rate(precision: str, device: torch.device) -> float:
+    """Measured FLOPs per second of a large matrix product in `precision` on `device`."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = (torch.randn(rows, 2048, device=device).to(dtype) for rows in (1024, 2048))
     seconds = timeit.repeat(lambda: (a @ b).sum().item(), number=1, repeat=5)
     return 2.0 * 1024 * 2048 * 2048 / min(seconds)

@@ -35,3 +35,12 @@ def factor(spec: OptimiserSpec, step: int, steps: int) -> float:
     else:
         share = min(1.0, (steps - step) / max(1.0, spec.decay * steps))
     return warm * (spec.final + (1 - spec.final) * share)
+
+
+def schedule(optimisers: list[torch.optim.Optimizer], spec: OptimiserSpec, step: int, steps: int
+             ) -> float:
+    """Set the learning rates of `step` of `steps`; AdamW's."""
+    for optimiser in optimisers:
+        for group in optimiser.param_groups:
+            group["lr"] = optimiser.defaults["lr"] * factor(spec, step, steps)
+    return optimisers[0].param_groups[0]["lr"]

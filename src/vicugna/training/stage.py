@@ -8,7 +8,8 @@ from vicugna import models
 from vicugna.distributed import Ranks
 from vicugna.model import Model
 from vicugna.tokenizer import Tokenizer
-from vicugna.training import cost, grpo, learn
+from vicugna.training import cost, parallel, rollouts, supervised
+from vicugna.training.objectives import policy_gradient
 from vicugna.training.recipe import ModelSpec, RlSpec, TrainSpec
 from vicugna.training.trainer import train
 
@@ -33,11 +34,12 @@ def train_stage(model: Model, spec: TrainSpec | RlSpec, seed: int, folder: Path,
     network, tok = model.network, model.tokenizer
     assert tok is not None
     if isinstance(spec, RlSpec):
-        spent = train(network, lambda step: grpo.rollout(network, tok, spec, seed, step, ranks),
+        spent = train(network, policy_gradient,
+                      lambda step: rollouts.rollout(network, tok, spec, seed, step, ranks),
                       spec, folder, name, ranks)
     else:
-        spent = learn.from_data(network, tok, spec, seed, folder, cache, name, ranks)
-    trained = model.with_network(learn.whole(network))
+        spent = supervised.from_data(network, tok, spec, seed, folder, cache, name, ranks)
+    trained = model.with_network(parallel.whole(network))
     if ranks.first:
         trained.save(folder / "checkpoint")
     return trained.digest if ranks.first else "", spent

@@ -162,14 +162,3 @@ def capture_router_logits(network: nn.Module) -> Iterator[list[Tensor]]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def balance_loss(logits_LNE: Tensor, top_k: int) -> Tensor:
-    """The auxiliary loss that pulls the `Router`s of L layers to an even load: E times the sum
-    over experts of its choices per token and its mean probability, both over all layers (Switch
-    Transformer, arXiv 2101.03961, eq. 4, as transformers takes it)."""
-    probability_ME = logits_LNE.flatten(0, 1).float().softmax(-1)
-    M, E = probability_ME.shape
-    chosen_Mk = probability_ME.topk(top_k, dim=-1).indices
-    count_E = torch.bincount(chosen_Mk.flatten(), minlength=E)
-    return E * (count_E * probability_ME.sum(0)).sum() / max(1, M) ** 2

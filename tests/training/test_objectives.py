@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 from typing import Any
@@ -12,38 +13,88 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kit import batch, network
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vicugna.errors import VicugnaError
 from vicugna.models.layers.attention import Dense
-from vicugna.training import cost, loss, optimisers
-from vicugna.training.loss import Objective, _WeightedNLL
+from vicugna.training import cost, logprobs, optimisers
+from vicugna.training.batch import TrainingBatch
+from vicugna.training.logprobs import token_logprobs
+from vicugna.training.loss import Loss
+from vicugna.training.objectives import next_token
 from vicugna.training.recipe import OptimiserSpec
 
 
-def plain(x: torch.Tensor, head: torch.Tensor, target: torch.Tensor, weight: torch.Tensor
-          ) -> torch.Tensor:
-    return (F.cross_entropy(x @ head.T, target, reduction="none") * weight).sum()
+def full_logits(x: torch.Tensor, head: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return -F.cross_entropy(x @ head.T, target, reduction="none")
 
 
 @settings(max_examples=30, deadline=None)
 @given(n=st.integers(0, 40), chunk=st.integers(1, 17), seed=st.integers(0, 10**6))
-def test_the_loss_is_cross_entropy(n: int, chunk: int, seed: int) -> None:
+def test_logprobs_and_gradients_are_those_of_full_logits(n: int, chunk: int, seed: int) -> None:
+    """Recomputed in the backward pass, or made in the forward pass for a loss that is linear."""
     random = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, 6, generator=random, dtype=torch.float64)
-    head = torch.randn(11, 6, generator=random, dtype=torch.float64)
+    x = torch.randn(n, 6, generator=random)
+    head = torch.randn(11, 6, generator=random)
     target = torch.randint(11, (n,), generator=random)
-    weight = torch.randn(n, generator=random) * (torch.rand(n, generator=random) < 0.7)
+    weight = 0.1 + torch.rand(n, generator=random)
+    ways: list[Any] = [full_logits, lambda *a: token_logprobs(*a, torch.float32),
+                       lambda *a: token_logprobs(*a, torch.float32, -weight)]
     results = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loss, "CHUNK", chunk)
-        for function in (lambda *a: _WeightedNLL.apply(*a, torch.float32), plain):
-            leaves = [x.float().requires_grad_(), head.float().requires_grad_()]
-            value = function(*leaves, target, weight)
-            (3 * value).backward()
+        patch.setattr(logprobs, "CHUNK", chunk)
+        for way in ways:
+            leaves = [x.clone().requires_grad_(), head.clone().requires_grad_()]
+            value = way(*leaves, target)
+            (-3 * (value * weight).sum()).backward()
             results.append([value, *(leaf.grad for leaf in leaves)])
-    for got, due in zip(*results, strict=True):
-        torch.testing.assert_close(got, due, atol=2e-4, rtol=1e-4)
+    for got in results[1:]:
+        torch.testing.assert_close(got, results[0], atol=2e-4, rtol=1e-4)
+
+
+def test_without_gradients_none_are_made() -> None:
+    x, head, target = torch.randn(3, 4), torch.randn(5, 4, requires_grad=True), torch.ones(3)
+    with torch.no_grad():
+        assert not token_logprobs(x, head, target.long(), torch.float32, target).requires_grad
+
+
+@dataclass
+class Pairs(TrainingBatch):
+    """Rows 2n and 2n + 1 are a chosen and a rejected reply; `reference_BT` are log-probabilities
+    of the reference model."""
+
+    reference_BT: torch.Tensor | None = None
+
+
+def dpo(logprobs_BT: torch.Tensor, batch: Pairs) -> torch.Tensor:
+    """Rafailov et al., arXiv 2305.18290, eq. 7, beta 0.1."""
+    ratio_B = ((logprobs_BT - batch.reference_BT) * batch.weights_BT).sum(1)
+    return -F.logsigmoid(0.1 * (ratio_B[0::2] - ratio_B[1::2])).sum()
+
+
+def test_a_preference_loss_is_one_function() -> None:
+    """DPO on the primitive against its formula on full logits, gradients included."""
+    policy, other, reference = network(), network(), network(seed=1)
+    b = Pairs(**vars(batch(0)))
+    b.weights_BT = (b.weights_BT > 0).float()
+
+    def full(net: nn.Module) -> torch.Tensor:
+        logits: Any = net.lm_head(net(b.tokens_BT, b.positions_BT, Dense(b.positions_BT)))  # type: ignore[operator]
+        logp = logits.log_softmax(-1).gather(-1, b.targets_BT[..., None])[..., 0]
+        return (logp * b.weights_BT).sum(1)
+
+    with torch.no_grad():
+        b.reference_BT = Loss(reference, lambda logp, _: logp, "fp32")(b)
+        expected_reference = full(reference)
+    margin = full(other) - expected_reference
+    due = -F.logsigmoid(0.1 * (margin[0::2] - margin[1::2])).sum()
+    got = Loss(policy, dpo, "fp32")(b)
+    (2 * got).backward()
+    (2 * due).backward()
+    torch.testing.assert_close(got, due)
+    for (name, p), q in zip(policy.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, atol=1e-6, rtol=1e-3, msg=name)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -51,7 +102,7 @@ def test_the_objective_reaches_every_parameter(tied: bool) -> None:
     """Value and gradients through the network equal those of whole logits."""
     one, two = (network(tie_word_embeddings=tied) for _ in range(2))
     b = batch(0)
-    got = Objective(one, "fp32")(b.tokens_BT, b.positions_BT, b.targets_BT, b.weights_BT)
+    got = Loss(one, next_token, "fp32")(b)
     logits: Any = two.lm_head(two(b.tokens_BT, b.positions_BT, Dense(b.positions_BT)))
     due = (F.cross_entropy(logits.transpose(1, 2), b.targets_BT, reduction="none")
            * b.weights_BT).sum()
@@ -65,8 +116,7 @@ def test_the_objective_reaches_every_parameter(tied: bool) -> None:
 def test_bf16_is_near() -> None:
     net, b = network(), batch(0)
     with torch.no_grad():
-        values = [float(Objective(net, kind)(b.tokens_BT, b.positions_BT, b.targets_BT,
-                                             b.weights_BT)) for kind in ("fp32", "bf16")]
+        values = [float(Loss(net, next_token, kind)(b)) for kind in ("fp32", "bf16")]
     assert values[0] == pytest.approx(values[1], rel=0.01)
 
 

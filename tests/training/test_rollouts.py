@@ -17,10 +17,11 @@ from vicugna.engine import Completion
 from vicugna.errors import VicugnaError
 from vicugna.models.layers.attention import Dense
 from vicugna.tasks import split_of
-from vicugna.training import grpo
-from vicugna.training.grpo import Answer, batch, questions, rollout
-from vicugna.training.loss import Objective
+from vicugna.training import rollouts
+from vicugna.training.loss import Loss
+from vicugna.training.objectives import policy_gradient
 from vicugna.training.recipe import RlSpec
+from vicugna.training.rollouts import Response, batch, questions, rollout
 from vicugna.training.trainer import train
 
 ALONE = Ranks()
@@ -41,31 +42,30 @@ def policy(words: tokenizer.Tokenizer) -> nn.Module:
     return network(vocab_size=words.vocab_size, max_position_embeddings=4096)
 
 
-def answers() -> list[Answer]:
+def responses() -> list[Response]:
     random = torch.Generator().manual_seed(0)
     made = []
     for n in range(9):
         prompt = torch.randint(40, (4 + 11 * n,), generator=random).tolist()
         said = torch.randint(40, (1 + 5 * (n % 4),), generator=random).tolist()
         completion = Completion(said, [], [], "stop", "", len(prompt))
-        made.append(Answer(prompt, completion, 0.0, (-1.0) ** n * (n + 1) / 10))
+        made.append(Response(prompt, completion, 0.0, (-1.0) ** n * (n + 1) / 10))
     return made
 
 
-def test_the_batch_is_the_sum_over_answers() -> None:
-    """Gradients of advantage times log-likelihood of the sampled tokens, each answer alone."""
+def test_the_batch_is_the_sum_over_responses() -> None:
+    """Gradients of advantage times log-likelihood of the sampled tokens, each response alone."""
     packed, single = network(max_position_embeddings=512), network(max_position_embeddings=512)
-    made = batch(answers(), 0, 12.0, {})
+    made = batch(responses(), 0, 12.0, {})
     assert made.tokens_BT.shape[0] > 1  # several rows,
     assert int((made.positions_BT == 0).sum()) > made.tokens_BT.shape[0]  # several in a row
-    Objective(packed, "fp32")(made.tokens_BT, made.positions_BT, made.targets_BT,
-                              made.weights_BT).backward()
-    for answer in answers():
-        ids = torch.tensor([answer.prompt + answer.completion.tokens])
+    Loss(packed, policy_gradient, "fp32")(made).backward()
+    for response in responses():
+        ids = torch.tensor([response.prompt + response.completion.tokens])
         hidden = single(ids[:, :-1], torch.arange(ids.shape[1] - 1)[None], Dense())
         log_p = single.lm_head(hidden)[0].log_softmax(-1)
-        said = torch.arange(len(answer.prompt) - 1, ids.shape[1] - 1)
-        (-answer.advantage * log_p[said, ids[0, said + 1]].sum()).backward()
+        said = torch.arange(len(response.prompt) - 1, ids.shape[1] - 1)
+        (-response.advantage * log_p[said, ids[0, said + 1]].sum()).backward()
     for (name, one), two in zip(packed.named_parameters(), single.parameters(), strict=True):
         torch.testing.assert_close(one.grad, two.grad, atol=1e-4, rtol=1e-3, msg=name)
     assert made.norm == 12.0
@@ -77,14 +77,14 @@ def fake_reward(item: Any, prompt: Any, completion: Completion, words: Any) -> f
 
 def test_advantages_are_rewards_less_their_groups_mean(
         words: tokenizer.Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grpo, "reward", fake_reward)
-    seen: list[Answer] = []
-    real = grpo.batch
-    monkeypatch.setattr(grpo, "batch", lambda a, *rest: (seen.extend(a), real(a, *rest))[1])
+    monkeypatch.setattr(rollouts, "reward", fake_reward)
+    seen: list[Response] = []
+    real = rollouts.batch
+    monkeypatch.setattr(rollouts, "batch", lambda a, *rest: (seen.extend(a), real(a, *rest))[1])
     made = rollout(policy(words), words, spec(prompts=4, group=3), 0, 0, ALONE)
-    assert made.norm == 12 and made.extra["length"] == 6 and made.extra["truncated"] == 1
-    assert 0 < made.extra["reward"] < 1
-    by_prompt: dict[tuple[int, ...], list[Answer]] = {}
+    assert made.norm == 12 and made.metrics["length"] == 6 and made.metrics["truncated"] == 1
+    assert 0 < made.metrics["reward"] < 1
+    by_prompt: dict[tuple[int, ...], list[Response]] = {}
     for answer in seen:
         by_prompt.setdefault(tuple(answer.prompt), []).append(answer)
     for group in by_prompt.values():
@@ -96,12 +96,12 @@ def test_advantages_are_rewards_less_their_groups_mean(
 
 def test_equal_rewards_teach_nothing(words: tokenizer.Tokenizer) -> None:
     made = rollout(policy(words), words, spec(), 0, 0, ALONE)  # all are cut off: reward 0
-    assert made.extra["reward"] == 0 and not made.weights_BT.any()
+    assert made.metrics["reward"] == 0 and not made.weights_BT.any()
 
 
 def test_reinforcement_killed_ends_in_the_same_bytes(
         words: tokenizer.Tokenizer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(grpo, "reward", fake_reward)
+    monkeypatch.setattr(rollouts, "reward", fake_reward)
     weights = []
     for name, stops in (("calm", []), ("killed", [1, 3])):
         for stop in [*stops, 99]:
@@ -109,7 +109,7 @@ def test_reinforcement_killed_ends_in_the_same_bytes(
             make = stopping_at(stop, lambda step, net=net, how=how: rollout(
                 net, words, how, 0, step, ALONE))
             try:
-                train(net, make, how, tmp_path / name, "rl", ALONE)
+                train(net, policy_gradient, make, how, tmp_path / name, "rl", ALONE)
             except KeyboardInterrupt:
                 continue
         weights.append({k: v.numpy().tobytes() for k, v in net.state_dict().items()})
@@ -120,10 +120,11 @@ def test_reinforcement_killed_ends_in_the_same_bytes(
 
 def test_rewards_raise_what_is_rewarded(
         words: tokenizer.Tokenizer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(grpo, "reward", fake_reward)
+    monkeypatch.setattr(rollouts, "reward", fake_reward)
     net, how = policy(words), spec(steps=25, prompts=4, group=4,
                                    optimiser={"learning_rate": 0.02, "warmup": 0})
-    train(net, lambda step: rollout(net, words, how, 0, step, ALONE), how, tmp_path, "rl", ALONE)
+    train(net, policy_gradient, lambda step: rollout(net, words, how, 0, step, ALONE), how,
+          tmp_path, "rl", ALONE)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     rewards = [json.loads(line)["reward"] for line in lines]
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.1
@@ -142,8 +143,8 @@ def test_questions_are_shared_and_of_the_training_split() -> None:
 
 def test_what_cannot_be_rewarded_is_refused() -> None:
     with pytest.raises(VicugnaError, match="gives no rewards"):
-        grpo.check(spec(tasks=({"source": "stdlib"},)).tasks, "ddp")
+        rollouts.check(spec(tasks=({"source": "stdlib"},)).tasks, "ddp")
     with pytest.raises(VicugnaError, match="retrieval"):
-        grpo.check(spec(tasks=({"source": "task:retrieval.singel"},)).tasks, "ddp")
+        rollouts.check(spec(tasks=({"source": "task:retrieval.singel"},)).tasks, "ddp")
     with pytest.raises(VicugnaError, match="Use parallel: ddp"):
-        grpo.check(spec().tasks, "fsdp")
+        rollouts.check(spec().tasks, "fsdp")

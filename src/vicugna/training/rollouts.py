@@ -1,0 +1,116 @@
+"""Reinforcement learning from verifiable rewards: roll-outs, rewards and advantages.
+
+GRPO (Shao et al., arXiv 2402.03300) as corrected by Dr. GRPO (Liu et al., arXiv 2503.20783): the
+advantage of a response is its reward less its group's mean, not divided by the group's standard
+deviation. The loss is objectives.policy_gradient."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from vicugna import engine, tasks
+from vicugna.data import IGNORED, SourceSpec, draw_item
+from vicugna.data.mixing import schedule
+from vicugna.data.packing import collate, pack
+from vicugna.distributed import Ranks
+from vicugna.engine import Completion, Sampling
+from vicugna.errors import VicugnaError
+from vicugna.files import digest_of
+from vicugna.tasks import Item
+from vicugna.tokenizer import Tokenizer
+from vicugna.training.batch import TrainingBatch, padding
+from vicugna.training.recipe import RlSpec
+
+
+@dataclass
+class Response:
+    """One sampled response: its tokens, reward in 0..1 and advantage over its group."""
+    prompt: list[int]
+    completion: Completion
+    reward: float
+    advantage: float
+
+
+def rollout(network: nn.Module, tokenizer: Tokenizer, spec: RlSpec, seed: int, step: int,
+            ranks: Ranks) -> TrainingBatch:
+    """Sample and score this rank's responses of `step`: the batch for objectives.policy_gradient.
+    Groups whose responses all have the same reward have no gradient and are left out of it."""
+    items = [item for item in questions(spec, seed, step, ranks) for _ in range(spec.group)]
+    prompts = [tokenizer.chat(item.messages) for item in items]
+    first = ranks.rank * len(prompts)  # among the step's responses: seeds do not depend on ranks
+    samplings = [Sampling(max_new_tokens=spec.max_new_tokens, temperature=spec.temperature,
+                          seed=int(digest_of([seed, step, number])[:12], 16))
+                 for number in range(first, first + len(prompts))]
+    network.eval()
+    completions = engine.generate(network, tokenizer, prompts, samplings)
+    network.train()
+    rewards = [reward(*one, tokenizer) for one in zip(items, prompts, completions, strict=True)]
+    responses = []
+    for n, got in enumerate(rewards):
+        start = n - n % spec.group
+        mean = sum(rewards[start:start + spec.group]) / spec.group
+        responses.append(Response(prompts[n], completions[n], got, got - mean))
+    total, truncated, length, count = ranks.total(
+        sum(rewards), sum(one.finish_reason == "length" for one in completions),
+        sum(len(one.tokens) for one in completions), len(responses))
+    informative = [one for one in responses if one.advantage != 0] or responses[:1]
+    return batch(informative, padding(tokenizer, network), count, {
+        "reward": total / count, "truncated": truncated / count, "length": length / count})
+
+
+def questions(spec: RlSpec, seed: int, step: int, ranks: Ranks) -> list[Item]:
+    """This rank's questions of `step`, from the training split, the tasks mixed by weight."""
+    share, left = divmod(spec.prompts, ranks.world)
+    if left:
+        raise VicugnaError(f"{spec.prompts} prompts cannot be shared by {ranks.world} processes",
+                           "rl.prompts", "Use a multiple of the number of processes")
+    order = schedule([source.weight for source in spec.tasks])
+    first = step * spec.prompts + ranks.rank * share
+    return [draw_item(spec.tasks[order[n % len(order)]], "train", seed, n, 0)
+            for n in range(first, first + share)]
+
+
+def reward(item: Item, prompt: list[int], completion: Completion, tokenizer: Tokenizer) -> float:
+    """The task's score of the response without its reasoning; 0 for a truncated one."""
+    if completion.finish_reason != "stop":
+        return 0.0
+    return tasks.get(item.task).score(item, tokenizer.split_reasoning(completion.tokens, prompt)[1])
+
+
+def batch(responses: list[Response], pad: int, norm: float, metrics: dict[str, float]
+          ) -> TrainingBatch:
+    """Responses packed into rows of one length, each sampled token weighted by its advantage."""
+    unpacked = [(np.asarray(r.prompt + r.completion.tokens, np.int32), r) for r in responses]
+    unpacked.sort(key=lambda one: -len(one[0]))
+    length = max(2 * len(unpacked[0][0]), 256)
+    rows, weights = [], []
+    while unpacked:
+        documents, too_long, free = [], [], length
+        for ids, response in unpacked:  # longest first, whatever still fits
+            if len(ids) > free:
+                too_long.append((ids, response))
+                continue
+            free -= len(ids)
+            documents.append((ids, np.arange(len(ids)) >= len(response.prompt)))
+            weights += [response.advantage] * len(response.completion.tokens)
+        rows.append(pack(documents, length, pad))
+        unpacked = too_long
+    collated = collate(rows)
+    weights_BT = torch.zeros(collated.targets_BT.shape)
+    weights_BT[collated.targets_BT != IGNORED] = torch.tensor(weights)
+    return TrainingBatch(collated.tokens_BT, collated.positions_BT,
+                         collated.targets_BT.clamp(min=0), weights_BT, norm, metrics)
+
+
+def check(specs: tuple[SourceSpec, ...], parallel: str) -> None:
+    """Raise VicugnaError unless every source is a procedural task and the network stays whole."""
+    for spec in specs:
+        if not spec.source.startswith("task:"):
+            raise VicugnaError(f"{spec.source!r} gives no rewards", "rl.tasks",
+                               "Use procedural tasks, such as task:reasoning.steps")
+        tasks.get(spec.source.removeprefix("task:"))
+    if parallel != "ddp":
+        raise VicugnaError("responses are sampled from the whole network, which FSDP2 shards",
+                           "rl.parallel", "Use parallel: ddp")
