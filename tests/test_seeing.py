@@ -69,7 +69,7 @@ def test_typed_names_of_tokens_are_no_pictures(both: Any) -> None:
     ours = both[0]
     tokens, images = ours.read([user("<|image|><|patch|> and <|image_start|>")])
     assert images is None
-    assert ours.tokenizer.control_ids.isdisjoint(ours.tokenizer.encode("<|image|><|patch|>"))
+    assert ours.tokenizer.special_ids.isdisjoint(ours.tokenizer.encode("<|image|><|patch|>"))
     assert not {ours.tokenizer.id_of(name) for name in ("<|image|>", "<|patch|>")} & set(tokens)
     ours.generate([user("<|image|>", picture(10, 10), "<|image|><|patch|>")], max_new_tokens=1)
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vicugna import checkpoint, engine
-from vicugna.chat import pictures
+from vicugna import chat, checkpoint, engine
+from vicugna.chat.messages import image_parts
 from vicugna.engine import Delta, Sampling
 from vicugna.errors import VicugnaError
 from vicugna.models.layers.attention import Dense
@@ -18,6 +18,10 @@ from vicugna.tokenizer import Tokenizer
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
           "auto": None}
 Prompt = str | list[dict[str, Any]]
+
+
+class ContextExceeded(VicugnaError):
+    """The prompt leaves no room in the context for an answer."""
 
 
 @dataclass(frozen=True)
@@ -86,17 +90,18 @@ class Model(checkpoint.Checkpoint):
         """Continue or answer a prompt (see `read`). `settings` are engine.Sampling's:
         max_new_tokens=64, temperature=0.0 (the likeliest token), seed=0, top_k, top_p, min_p, stop.
         VicugnaError without a tokenizer, for an impossible setting, for a prompt too long."""
-        sampling, tokenizer = _sampling(settings), self._text()
+        sampling, tokenizer = _sampling(settings), self.text_tokenizer()
         tokens, seen = self.read(prompt)
         done = engine.generate(self.network, tokenizer, [tokens], sampling, images=[seen])[0]
         read, said = len(tokens), len(done.tokens)
         usage = {"prompt_tokens": read, "completion_tokens": said, "total_tokens": read + said}
-        return Generation(done.text, tokenizer.split_reasoning(done.tokens, tokens)[0], done.tokens,
-                          done.logprobs, done.finish_reason, usage)
+        reasoning, _ = chat.parse_reply(tokenizer, done.tokens, tokens)
+        return Generation(done.text, reasoning, done.tokens, done.logprobs, done.finish_reason,
+                          usage)
 
     def stream(self, prompt: Prompt, **settings: Any) -> Iterator[Delta]:
         """As `generate`, token by token; the last delta has a finish_reason. Errors come now."""
-        sampling, tokenizer = _sampling(settings), self._text()
+        sampling, tokenizer = _sampling(settings), self.text_tokenizer()
         tokens, seen = self.read(prompt)
         return engine.stream(self.network, tokenizer, tokens, sampling, images=seen)
 
@@ -106,12 +111,30 @@ class Model(checkpoint.Checkpoint):
         pictures in it, as `logits` takes them, None if it has none. A content may be parts such as
         {"type": "text", "text": "..."} and, for a model that sees, {"type": "image", "image" (of
         Pillow), "path", or "url" (data:)}."""
-        tokenizer = self._text()
+        tokenizer = self.text_tokenizer()
         if isinstance(prompt, str):
             return tokenizer.prompt(prompt), None
-        return pictures.read(tokenizer, prompt, self.config)
+        chat.check_messages(prompt)
+        if not image_parts(prompt):
+            return chat.encode(tokenizer, prompt), None
+        if (vision := getattr(self.config, "vision_config", None)) is None:
+            raise VicugnaError("this model has no vision encoder: it takes text only", "messages",
+                               "Leave the images out, or use a vision model")
+        from vicugna.chat.images import encode_with_images  # Pillow is imported for images alone
+        return encode_with_images(tokenizer, prompt, vision.image_size, vision.features,
+                                  self.config.image_token_index)
 
-    def _text(self) -> Tokenizer:
+    def read_chat(self, messages: list[dict[str, Any]]) -> tuple[list[int], Tensor | None]:
+        """As `read`; raises ContextExceeded, with both counts, where no room is left to answer."""
+        (tokens, images), context = self.read(messages), self.config.context_length
+        if len(tokens) >= context:
+            raise ContextExceeded(f"the conversation is {len(tokens)} tokens long, and the model's "
+                                  f"context holds {context} tokens, answer included", "",
+                                  "Shorten it, or begin a new one")
+        return tokens, images
+
+    def text_tokenizer(self) -> Tokenizer:
+        """The tokenizer; VicugnaError when there is none."""
         if self.tokenizer is None:
             raise VicugnaError("this model has no tokenizer: there is no tokenizer.json", "text",
                                "Add its tokenizer files to the folder, or use logits()")

@@ -12,6 +12,7 @@ import transformers
 from gguf_kit import LLAMA3, MODELS, SHAPE, TEXTS, fails, folder_of, rewritten, same, sentencepiece
 
 from vicugna import checkpoint, tokenizer
+from vicugna.chat import encode
 from vicugna.checkpoint.convert import convert
 from vicugna.checkpoint.gguf import file as ours
 from vicugna.checkpoint.gguf import keys, tensors
@@ -238,7 +239,7 @@ def test_files_of_other_writers(tmp_path, bpe, name):
     for text in TEXTS:
         assert after.tokenizer.encode(text) == before.tokenizer.encode(text)
     chat = [{"role": "user", "content": "Hi <|eot_id|>"}]
-    assert after.tokenizer.chat(chat) == before.tokenizer.chat(chat)
+    assert encode(after.tokenizer, chat) == encode(before.tokenizer, chat)
     assert after.tokenizer.bos_id == bpe.bos_id and after.tokenizer.pad_id == bpe.pad_id
     assert set(bpe.eos_ids) == set(after.tokenizer.eos_ids)
     config = after.origin.config

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vicugna import data, tasks
+from vicugna.chat import encode_training
 from vicugna.data import Stream
 from vicugna.data.mixing import schedule
 from vicugna.data.packing import Row, pack
@@ -85,7 +86,7 @@ def test_a_document_longer_than_many_rows(tok: Tokenizer) -> None:
 
 
 def test_chat_rows_hold_every_fitting_chat_once_an_epoch(tok: Tokenizer) -> None:
-    chats = [tok.chat_training(chat) for n, chat in enumerate(write_chats(longest=6))
+    chats = [encode_training(tok, chat) for n, chat in enumerate(write_chats(longest=6))
              if n % 50 != 49]  # the others are held out
     stream = opened(tok, "chats.jsonl", seq_len=80)
     wanted = Counter(tuple(ids) for ids, _ in chats)
@@ -112,7 +113,7 @@ def test_chat_rows_hold_every_fitting_chat_once_an_epoch(tok: Tokenizer) -> None
 def test_overlong_chats_are_left_out_with_a_warning(tok: Tokenizer,
                                                     capsys: pytest.CaptureFixture[str]) -> None:
     chats = [chat for n, chat in enumerate(write_chats()) if n % 50 != 49]  # not held out
-    lengths = [len(tok.chat_training(chat)[0]) for chat in chats]
+    lengths = [len(encode_training(tok, chat)[0]) for chat in chats]
     stream = opened(tok, "chats.jsonl", seq_len=39)
     n = sum(length > 40 for length in lengths)
     assert 0 < n < 59
@@ -143,7 +144,7 @@ def test_task_rows_are_whole_training_items(tok: Tokenizer, form: str) -> None:
         item = draw_item(spec, "train", stream.sources[0]._seed, 3, j)  # type: ignore[attr-defined]
         assert tasks.split_of(item.seed) == "train" and 1 <= item.difficulty.depth <= 3
         if form == "chat":
-            assert part == tok.chat_training([*item.messages, item.solution])[0]
+            assert part == encode_training(tok, [*item.messages, item.solution])[0]
         else:
             text = tok.decode(part)
             assert item.messages[0]["content"] in text and text.endswith(item.answer)

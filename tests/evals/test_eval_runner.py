@@ -21,11 +21,7 @@ from vicugna.files import digest_of
 from vicugna.tasks import Difficulty, Item, split_seed
 
 
-class Words:
-    """A tokenizer of words, enough to plan with."""
-
-    def chat(self, messages: list[dict[str, str]]) -> list[int]:
-        return [len(word) for message in messages for word in message["content"].split()]
+TOKENIZER = tokenizer.train(["right wrong truncated no reply bad score half nan " * 9], 300)
 
 
 class Echo:
@@ -74,7 +70,7 @@ ECHO = {"echo": Echo()}
 
 
 def plan_of(n: int) -> list[evals.PlannedItem]:
-    return sort_plan(plan_item("g", Echo().item(seed, Difficulty()), 8, Words())  # type: ignore[arg-type]
+    return sort_plan(plan_item("g", Echo().item(seed, Difficulty()), 8, TOKENIZER)
                     for seed in range(n))
 
 

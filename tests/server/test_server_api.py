@@ -14,6 +14,7 @@ import pytest
 from live_server import random_model, scripted_model, serving, wait_until
 
 from vicugna import engine
+from vicugna.chat import encode
 from vicugna.engine import Sampling
 
 ASK: list[Any] = [{"role": "user", "content": "How many steps are there?"}]
@@ -32,7 +33,7 @@ def test_models_are_listed_and_found(live: SimpleNamespace) -> None:
 
 
 def test_answer_is_what_the_engine_generates(live: SimpleNamespace) -> None:
-    prompt = live.model.tokenizer.chat(ASK)
+    prompt = encode(live.model.tokenizer, ASK)
     expected = engine.generate(live.model.network, live.model.tokenizer, [prompt],
                                [Sampling(max_new_tokens=24, temperature=0.8, seed=7, top_p=0.9)])[0]
     answer = client(live).chat.completions.create(
@@ -133,7 +134,7 @@ def test_too_long_prompt_is_refused_with_both_counts() -> None:
                     stream=stream)  # type: ignore[call-overload]
             assert caught.value.code == "context_length_exceeded"
             assert caught.value.param == "messages"
-            count = len(live.model.tokenizer.chat([{"role": "user", "content": "steps " * 200}]))
+            count = len(encode(live.model.tokenizer, [{"role": "user", "content": "steps " * 200}]))
             assert f" {count} tokens" in str(caught.value) and " 64 tokens" in str(caught.value)
         choice = client(live).chat.completions.create(
             model="tiny", messages=[{"role": "user", "content": "hi"}], max_tokens=1000,

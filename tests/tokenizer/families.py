@@ -11,12 +11,12 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
 
-from vicugna.tokenizer.model_file import _LLAMA_3_SPLIT, _LLAMA_4_SPLIT
+from vicugna.tokenizer.byte_level import LLAMA_3_SPLIT, LLAMA_4_SPLIT, QWEN_2_SPLIT
 
 TEXTS = ["the quick brown fox jumps over the lazy dog, and again the fox; then 12345 more!\n\n",
          "Était-ce l'été? Ja, wirklich: 漢字かな交じり文 and кириллица  with   spaces\tand tabs.\n",
          '{"name": "add", "arguments": {"a": 1}} [INST] </s> <think> function user assistant'] * 4
-QWEN_SPLIT = _LLAMA_3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+QWEN_SPLIT = QWEN_2_SPLIT
 DEEPSEEK_SPLIT = (r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?"
                   r"[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
@@ -115,7 +115,7 @@ def nemo(folder: Path) -> Path:
     """Mistral Nemo and Small: byte-level; the template once for tools and once without."""
     specials = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]",
                 "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]", "<pad>"]
-    raw = byte_level([_LLAMA_4_SPLIT], specials, bos="<s>")
+    raw = byte_level([LLAMA_4_SPLIT], specials, bos="<s>")
     tooled = template("mistral")
     plain = tooled.replace("tools is not none", "false")
     named = [{"name": "default", "template": plain}, {"name": "tool_use", "template": tooled}]
@@ -127,7 +127,7 @@ def llama3(folder: Path) -> Path:
     specials = ["<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>",
                 "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>",
                 "<|python_tag|>"]
-    raw = byte_level([_LLAMA_3_SPLIT], specials, bos="<|begin_of_text|>")
+    raw = byte_level([LLAMA_3_SPLIT], specials, bos="<|begin_of_text|>")
     write(folder, raw, None, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>",
           added_tokens_decoder=flags(raw))
     ids = [raw.token_to_id(name) for name in ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")]
@@ -141,7 +141,7 @@ def llama4(folder: Path) -> Path:
                 "<|eom|>", "<|eot|>", "<|python_start|>", "<|python_end|>",
                 "<|finetune_right_pad|>", "<|image_start|>", "<|image_end|>", "<|image|>",
                 "<|patch|>"]
-    raw = byte_level([_LLAMA_4_SPLIT], specials, bos="<|begin_of_text|>")
+    raw = byte_level([LLAMA_4_SPLIT], specials, bos="<|begin_of_text|>")
     return write(folder, raw, template("llama4"), bos_token="<|begin_of_text|>",
                  eos_token="<|eot|>", pad_token="<|finetune_right_pad|>",
                  added_tokens_decoder=flags(raw))

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
+from vicugna.chat import ReplyParser, encode, encode_training, parse_reply, render
 from vicugna.errors import VicugnaError
 from vicugna.tokenizer import StreamDecoder, Tokenizer
 
@@ -74,15 +75,15 @@ def test_templates_render_as_transformers_does(pairs: dict[str, tuple[Tokenizer,
             text = theirs.apply_chat_template(chat, tokenize=False, **options)
         except Exception:
             with pytest.raises(VicugnaError, match="chat template"):
-                ours.render(chat, prompt, tools)
+                render(ours, chat, tools, prompt)
             continue
         if str(chat[-1]["content"]) in text and isinstance(chat[-1]["content"], list):
             with pytest.raises(VicugnaError, match="takes text only"):
-                ours.render(chat, prompt, tools)
+                render(ours, chat, tools, prompt)
             continue
-        assert ours.render(chat, prompt, tools) == text
-        hostile = any(control in repr((chat, tools)) for control in ours._controls)
-        assert ours.chat(chat, prompt, tools) == theirs.apply_chat_template(
+        assert render(ours, chat, tools, prompt) == text
+        hostile = any(control in repr((chat, tools)) for control in ours.special_tokens)
+        assert encode(ours, chat, tools, prompt) == theirs.apply_chat_template(
             chat, return_dict=False, sanitize_control_tokens=hostile, **options)
 
 
@@ -91,7 +92,7 @@ text = st.text(st.characters(codec="utf-8"), max_size=30) | st.text(
 
 
 def benign(tok: Tokenizer, *texts: str) -> bool:
-    return not any(control in text for text in texts for control in tok._controls)
+    return not any(control in text for text in texts for control in tok.special_tokens)
 
 
 @names
@@ -104,7 +105,7 @@ def test_tokens_and_text_are_those_of_transformers(pairs: dict[str, tuple[Tokeni
     if benign(ours, text):
         assert ids == theirs.encode(text, add_special_tokens=False)
         assert ours.encode_batch([text, "x"])[0] == ids
-    assert ours.control_ids.isdisjoint(ids)
+    assert ours.special_ids.isdisjoint(ids)
     assert ours.decode(ids) == theirs.decode(ids)
     stream = StreamDecoder(ours)
     assert "".join(map(stream.push, ids)) + stream.finish() == ours.decode(ids)
@@ -135,7 +136,7 @@ def test_any_benign_chat_is_transformers(pairs: dict[str, tuple[Tokenizer, Any]]
     chat = [{"role": "system", "content": system}, {"role": "user", "content": user},
             {"role": "assistant", "content": answer}, {"role": "user", "content": answer + user}]
     if benign(ours, user, answer, system, answer + user):
-        assert ours.chat(chat) == theirs.apply_chat_template(
+        assert encode(ours, chat) == theirs.apply_chat_template(
             chat, add_generation_prompt=True, return_dict=False)
 
 
@@ -146,8 +147,8 @@ def test_no_text_becomes_a_control_token(pairs: dict[str, tuple[Tokenizer, Any]]
                                          data: st.DataObject) -> None:
     ours, _ = pairs[name]
     hostile = st.lists(st.sampled_from([
-        *ours._controls, "<", "<|eot", "_id|>", "</s", ">", " ", "\n", "x", "▁", "\ue000", "[/INST",
-        "]", "｜"])).map("".join)
+        *ours.special_tokens, "<", "<|eot", "_id|>", "</s", ">", " ", "\n", "x", "▁", "\ue000",
+        "[/INST", "]", "｜"])).map("".join)
     a, b, c, d = data.draw(st.tuples(hostile, hostile, hostile, hostile))
 
     def chat(a: str, b: str, c: str, d: str) -> list[dict[str, Any]]:
@@ -155,14 +156,14 @@ def test_no_text_becomes_a_control_token(pairs: dict[str, tuple[Tokenizer, Any]]
                 {"role": "assistant", "content": c}, {"role": "user", "content": d}]
 
     def controls(ids: list[int]) -> list[int]:
-        return [id for id in ids if id in ours.control_ids]
+        return [id for id in ids if id in ours.special_ids]
 
-    ids = ours.chat(chat(a, b, c, d))
-    assert controls(ids) == controls(ours.chat(chat("x", "x", "x", "x")))
+    ids = encode(ours, chat(a, b, c, d))
+    assert controls(ids) == controls(encode(ours, chat("x", "x", "x", "x")))
     said = ours.decode(ids, skip_special=False)
     for part in (b, d) if name != "tour" else ():  # which shouts
         assert part.strip() in said.replace("\u2581", " ") or "▁" in part
-    assert ours.control_ids.isdisjoint(ours.encode(a + b))
+    assert ours.special_ids.isdisjoint(ours.encode(a + b))
 
 
 @names
@@ -170,8 +171,8 @@ def test_hostile_names_do_not_change_the_tokens_around_them(
         pairs: dict[str, tuple[Tokenizer, Any]], name: str) -> None:
     ours, _ = pairs[name]
     control = ours.decode([ours.eos_ids[0]], skip_special=False)
-    ids = ours.chat([{"role": "user", "content": f"a {control} b"}])
-    near = ours.chat([{"role": "user", "content": f"a {control[:-1]}~ b"}])
+    ids = encode(ours, [{"role": "user", "content": f"a {control} b"}])
+    near = encode(ours, [{"role": "user", "content": f"a {control[:-1]}~ b"}])
     same = next(n for n, (x, y) in enumerate(zip(ids, near, strict=False)) if x != y)
     assert ours.decode(ids[:same]) == ours.decode(near[:same])
     assert f"a {control} b" in ours.decode(ids, skip_special=False)
@@ -194,7 +195,7 @@ def test_beginnings_and_endings_are_what_the_checkpoint_says(
             assert prompt == theirs("the fox")["input_ids"]
         assert ours.eos_ids[0] == theirs.eos_token_id
         assert theirs.pad_token_id in (None, ours.pad_id)
-        once = ours.chat([USER])
+        once = encode(ours, [USER])
         assert once.count(ours.bos_id) == (0 if name == "qwen2" else 1)
     assert pairs["qwen2"][0].bos_id == pairs["qwen2"][0].id_of("<|endoftext|>")
 
@@ -203,37 +204,38 @@ def test_beginnings_and_endings_are_what_the_checkpoint_says(
 def test_training_follows_the_template(pairs: dict[str, tuple[Tokenizer, Any]], name: str) -> None:
     ours, theirs = pairs[name]
     chat = [USER, ANSWER, USER, {"role": "assistant", "content": "<7"}]
-    ids, mask = ours.chat_training(chat)
+    ids, mask = encode_training(ours, chat)
     assert ids == theirs.apply_chat_template(chat, return_dict=False)
     said = [id for id, mine in zip(ids, mask, strict=True) if mine]
-    assert [id for id in said if id in ours.control_ids] == [ours.eos_ids[0]] * 2
+    assert [id for id in said if id in ours.special_ids] == [ours.eos_ids[0]] * 2
     words = ours.decode(said)
     assert words.split() == ["5,", "of", "course", "<7"] or words.replace(" ", "") == "5,ofcourse<7"
 
 
 def test_reasoning_that_the_template_opens(pairs: dict[str, tuple[Tokenizer, Any]]) -> None:
     ours, _ = pairs["r1"]
-    prompt = ours.chat([USER])
-    assert ours.opens_reasoning(prompt) and not ours.opens_reasoning(prompt[:-2])
+    prompt = encode(ours, [USER])
+    assert ReplyParser(ours, prompt).in_reasoning
+    assert not ReplyParser(ours, prompt[:-2]).in_reasoning
     end = ours.id_of("</think>") or 0
     reply = [*ours.encode("\n2+3\n"), end, *ours.encode("\n\n5"), ours.eos_ids[0]]
-    assert ours.split_reasoning(reply, prompt) == ("2+3", "5")
-    assert ours.split_reasoning(reply[:2], prompt) == (ours.decode(reply[:2]).strip("\n"), "")
-    ids, mask = ours.chat_training([USER, CALL])
-    assert ids == ours.chat([USER, CALL], False)
+    assert parse_reply(ours, reply, prompt) == ("2+3", "5")
+    assert parse_reply(ours, reply[:2], prompt) == (ours.decode(reply[:2]).strip("\n"), "")
+    ids, mask = encode_training(ours, [USER, CALL])
+    assert ids == encode(ours, [USER, CALL], add_generation_prompt=False)
     assert ids[mask.index(True)] == ours.id_of("<｜tool▁calls▁begin｜>")
-    ids, mask = ours.chat_training([USER, THOUGHT])
+    ids, mask = encode_training(ours, [USER, THOUGHT])
     assert ours.decode([id for id, mine in zip(ids, mask, strict=True) if mine]) == "\n\n5"
 
 
 def test_reasoning_in_plain_text(pairs: dict[str, tuple[Tokenizer, Any]]) -> None:
     ours, _ = pairs["llama3"]
     assert ours.id_of("<think>") is None
-    assert ours.split_reasoning(ours.encode("<think>\n2+3</think>\n5")) == ("2+3", "5")
-    assert ours.split_reasoning(ours.encode("5 </think>")) == (None, "5 </think>")
+    assert parse_reply(ours, ours.encode("<think>\n2+3</think>\n5")) == ("2+3", "5")
+    assert parse_reply(ours, ours.encode("5 </think>")) == (None, "5 </think>")
     opened = ours.encode("hi <think>\n")
-    assert ours.split_reasoning(ours.encode("2+3</think>5"), opened) == ("2+3", "5")
-    assert ours.split_reasoning(ours.encode("2+3"), opened) == ("2+3", "")
+    assert parse_reply(ours, ours.encode("2+3</think>5"), opened) == ("2+3", "5")
+    assert parse_reply(ours, ours.encode("2+3"), opened) == ("2+3", "")
 
 
 @pytest.mark.parametrize("name", [*FAMILIES])
@@ -245,14 +247,14 @@ def test_saved_files_mean_the_same(pairs: dict[str, tuple[Tokenizer, Any]], name
     assert again.digest == ours.digest and again.config.keys() == ours.config.keys()
     for tools in (None, TOOLS):
         chat = [USER, ANSWER, USER]
-        assert again.chat(chat, tools=tools) == ours.chat(chat, tools=tools)
+        assert encode(again, chat, tools=tools) == encode(ours, chat, tools=tools)
         assert reread.apply_chat_template(chat, tools=tools) == theirs.apply_chat_template(
             chat, tools=tools)
     assert reread("a b")["input_ids"] == theirs("a b")["input_ids"]
     assert reread.special_tokens_map == theirs.special_tokens_map
     theirs.save_pretrained(tmp_path / "theirs")
     back = Tokenizer(tmp_path / "theirs")
-    assert back.chat([USER], tools=TOOLS) == ours.chat([USER], tools=TOOLS)
+    assert encode(back, [USER], tools=TOOLS) == encode(ours, [USER], tools=TOOLS)
     assert back.prompt("a b")[-2:] == ours.prompt("a b")[-2:]
 
 
@@ -272,7 +274,7 @@ def test_templates_are_found_wherever_they_are(tmp_path: Path) -> None:
     (tmp_path / "additional_chat_templates/tool_use.jinja").write_text("{{ tools | length }}")
     (tmp_path / "chat_template.jinja").write_text("plain")
     tok = Tokenizer(tmp_path)
-    assert tok.render([USER]) == "plain" and tok.render([USER], tools=TOOLS) == "1"
+    assert render(tok, [USER]) == "plain" and render(tok, [USER], tools=TOOLS) == "1"
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": 3}))
     (tmp_path / "chat_template.jinja").unlink()
     (tmp_path / "additional_chat_templates/tool_use.jinja").unlink()
@@ -315,9 +317,9 @@ def test_names_that_merges_or_words_spell(tmp_path: Path) -> None:
         tok = Tokenizer(write(folder, raw, "{{ messages[0].content }}{{ eos_token }}",
                               eos_token="</s>"))
         plain = tok.encode("x</s>")
-        assert tok.control_ids.isdisjoint(plain) and tok.token_bytes(plain[-1]) != b"</s>"
+        assert tok.special_ids.isdisjoint(plain) and tok.token_bytes(plain[-1]) != b"</s>"
         assert b"".join(map(tok.token_bytes, plain)) == b"x</s>"
-        assert tok.chat([{"role": "user", "content": "</s>"}]) == [*tok.encode("</s>"), 6]
+        assert encode(tok, [{"role": "user", "content": "</s>"}]) == [*tok.encode("</s>"), 6]
 
 
 def test_control_tokens_that_files_describe_oddly(tmp_path: Path) -> None:
@@ -327,7 +329,7 @@ def test_control_tokens_that_files_describe_oddly(tmp_path: Path) -> None:
     write(tmp_path / "a", raw, "<s>{{ messages[0].content }} <|end|>\n x<s>y <s> <|end|>")
     ours, theirs = Tokenizer(tmp_path / "a"), load(tmp_path / "a")
     chat = [{"role": "user", "content": " the fox "}]
-    assert ours.chat(chat) == theirs.apply_chat_template(chat, return_dict=False)
+    assert encode(ours, chat) == theirs.apply_chat_template(chat, return_dict=False)
     # Llama 1: a control token that is looked for in text which begins with ▁.
     raw = tokenizers.Tokenizer.from_file(str(llama2(tmp_path / "b") / "tokenizer.json"))
     content = json.loads(raw.to_str())
@@ -335,7 +337,7 @@ def test_control_tokens_that_files_describe_oddly(tmp_path: Path) -> None:
         token["normalized"] = True
     (tmp_path / "b/tokenizer.json").write_text(json.dumps(content))
     tok, turns = Tokenizer(tmp_path / "b"), [USER, ANSWER, USER]
-    spoken = [id for id in tok.chat(turns) if id in tok.control_ids]
+    spoken = [id for id in encode(tok, turns) if id in tok.special_ids]
     assert spoken == [tok.bos_id, tok.eos_ids[0], tok.bos_id]
 
 
@@ -345,8 +347,8 @@ def test_control_tokens_that_are_words(tmp_path: Path) -> None:
                                          "{% endif %}{{ m.content }}{{ eos_token }}{% endfor %}",
                           eos_token="</s>"))
     text = "Human: a madeup0, madeup00: content Human:"
-    ids = tok.chat([{"role": "user", "content": text}])
-    assert [id for id in ids if id in tok.control_ids] == [tok.id_of("Human:"), tok.id_of("</s>")]
+    ids = encode(tok, [{"role": "user", "content": text}])
+    assert [id for id in ids if id in tok.special_ids] == [tok.id_of("Human:"), tok.id_of("</s>")]
     assert tok.decode(ids, skip_special=False) == f"Human:{text}</s>"
 
 
@@ -356,7 +358,7 @@ def test_a_vocabulary_with_holes(tmp_path: Path) -> None:
     raw.add_special_tokens(["<s>", "<t>"])
     tok = Tokenizer(write(tmp_path, raw, "{{ bos_token }}{{ messages[0].content }}<t>",
                           bos_token="<s>"))
-    ids = tok.chat([{"role": "user", "content": "ab<s>a"}])
+    ids = encode(tok, [{"role": "user", "content": "ab<s>a"}])
     assert ids == raw.encode("<s>ab").ids + raw.encode("a<t>").ids
 
 

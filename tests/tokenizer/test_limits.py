@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from families import llama2, llama3
 
+from vicugna.chat import encode, encode_training
 from vicugna.errors import VicugnaError
 from vicugna.tokenizer import Tokenizer
 
@@ -64,7 +65,7 @@ def test_a_pattern_that_gives_up_is_an_error(key: str, tmp_path: Path) -> None:
         "type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated", "invert": False}
     tok = Tokenizer(changed(tmp_path, key, endless))
     assert tok.encode("fine")
-    for encode in (tok.encode, lambda text: tok.chat([{"role": "user", "content": text}]),
-                   lambda text: tok.chat_training([{"role": "user", "content": text}])):
+    for fails in (tok.encode, lambda text: encode(tok, [{"role": "user", "content": text}]),
+                   lambda text: encode_training(tok, [{"role": "user", "content": text}])):
         with pytest.raises(VicugnaError, match="the tokenizer fails on this text"):
-            encode("x" * 99)
+            fails("x" * 99)

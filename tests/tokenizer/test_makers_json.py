@@ -16,10 +16,11 @@ from tokenizers import normalizers
 
 import vicugna
 from vicugna import models
+from vicugna.chat import encode
 from vicugna.checkpoint.convert import convert
 from vicugna.errors import VicugnaError
 from vicugna.tokenizer import Tokenizer, from_model_file
-from vicugna.tokenizer.model_file import BYTES
+from vicugna.tokenizer.byte_level import BYTES
 
 transformers = pytest.importorskip("transformers")
 TEKKEN_SPLIT = (  # as published
@@ -91,7 +92,7 @@ def test_special_tokens_of_tekken_come_first(form: str) -> None:
     assert ours.vocab_size == FORMS[form]["config"]["default_vocab_size"]
     assert (ours.bos_id, ours.eos_ids, ours.pad_id) == (1, (2,), names.index("<pad>"))
     assert ours.prompt("a") == [1, *ours.encode("a")] == [1, first + ord("a")]
-    assert ours.control_ids == set(range(first))
+    assert ours.special_ids == set(range(first))
 
 
 def test_tekken_is_converted_as_transformers_does(tmp_path: Path) -> None:
@@ -118,8 +119,8 @@ def test_what_stands_beside_tekken_counts(tmp_path: Path) -> None:
     (tmp_path / "tekken.json").write_text(json.dumps(FORMS["unlisted"]))
     (tmp_path / "chat_template.jinja").write_text(template("mistral"))
     ours = Tokenizer(tmp_path)
-    ids = ours.chat([{"role": "user", "content": "a [INST]"}])
-    assert [id for id in ids if id in ours.control_ids] == [1, 3, 4]
+    ids = encode(ours, [{"role": "user", "content": "a [INST]"}])
+    assert [id for id in ids if id in ours.special_ids] == [1, 3, 4]
     byte_level([r"\s+"], ["<x>"]).save(str(tmp_path / "tokenizer.json"))
     assert Tokenizer(tmp_path).id_of("<x>") is not None  # tokenizer.json wins
 
@@ -265,7 +266,7 @@ def test_the_template_of_a_pair(tmp_path: Path) -> None:
     ours = Tokenizer(pair(tmp_path))
     theirs = transformers.Qwen2Tokenizer.from_pretrained(tmp_path)
     chat = [{"role": "user", "content": "  é́ 12 \n"}]
-    assert ours.chat(chat) == theirs.apply_chat_template(chat, add_generation_prompt=True,
+    assert encode(ours, chat) == theirs.apply_chat_template(chat, add_generation_prompt=True,
                                                          return_dict=False)
 
 

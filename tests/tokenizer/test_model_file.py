@@ -12,9 +12,10 @@ from families import TEXTS, byte_level
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from vicugna.chat import encode
 from vicugna.errors import VicugnaError
 from vicugna.tokenizer import Tokenizer, from_model_file
-from vicugna.tokenizer.model_file import _LLAMA_3_SPLIT, _LLAMA_4_SPLIT, BYTES
+from vicugna.tokenizer.byte_level import BYTES, LLAMA_3_SPLIT, LLAMA_4_SPLIT
 
 sentencepiece = pytest.importorskip("sentencepiece")
 transformers = pytest.importorskip("transformers")
@@ -89,9 +90,9 @@ def test_the_newer_treatment_of_spaces(spm: Path, tmp_path: Path) -> None:
         assert ours._raw.encode(text, add_special_tokens=False).ids == theirs.encode(
             text, add_special_tokens=False)
     chat = [{"role": "user", "content": "the lazy dog"}]
-    assert ours.chat(chat) == theirs.apply_chat_template(chat, return_dict=False)
+    assert encode(ours, chat) == theirs.apply_chat_template(chat, return_dict=False)
     ours.save(tmp_path / "saved")
-    assert Tokenizer(tmp_path / "saved").chat(chat) == ours.chat(chat)
+    assert encode(Tokenizer(tmp_path / "saved"), chat) == encode(ours, chat)
     assert Tokenizer(tmp_path / "saved").config["add_bos_token"] is True
 
 
@@ -106,11 +107,11 @@ def rank_lines(raw: Any) -> bytes:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("ranks") / "tokenizer.model"
-    path.write_bytes(rank_lines(byte_level([_LLAMA_3_SPLIT], [])))
+    path.write_bytes(rank_lines(byte_level([LLAMA_3_SPLIT], [])))
     return path
 
 
-@pytest.mark.parametrize("version, split", [("3", _LLAMA_3_SPLIT), ("4", _LLAMA_4_SPLIT)])
+@pytest.mark.parametrize("version, split", [("3", LLAMA_3_SPLIT), ("4", LLAMA_4_SPLIT)])
 def test_ranks_are_converted_as_transformers_does(ranks: Path, version: str, split: str) -> None:
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
@@ -123,7 +124,7 @@ def test_ranks_are_converted_as_transformers_does(ranks: Path, version: str, spl
 
 @given(text=any_text)
 @settings(deadline=None, max_examples=100)
-@pytest.mark.parametrize("version, split", [("3.1", _LLAMA_3_SPLIT), ("4", _LLAMA_4_SPLIT)])
+@pytest.mark.parametrize("version, split", [("3.1", LLAMA_3_SPLIT), ("4", LLAMA_4_SPLIT)])
 def test_ranks_give_the_tokens_of_tiktoken(ranks: Path, version: str, split: str,
                                            text: str) -> None:
     tiktoken = pytest.importorskip("tiktoken")

@@ -1,1 +1,8 @@
-"""Chats: templates, the parsing of replies, and pictures."""
+"""Chats: templates, the parsing of replies, and images."""
+
+from vicugna.chat.messages import Message, check_messages
+from vicugna.chat.reply import ReplyDelta, ReplyParser, parse_reply
+from vicugna.chat.template import encode, encode_training, render
+
+__all__ = ["Message", "ReplyDelta", "ReplyParser", "check_messages", "encode", "encode_training",
+           "parse_reply", "render"]

@@ -5,6 +5,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from datetime import date as Date
 from datetime import datetime
 from functools import wraps
 from string import Formatter
@@ -70,13 +71,19 @@ class _Environment(ImmutableSandboxedEnvironment):
                       for name, test in self.tests.items() if name != "sameas"} | {
                           "sameas": self.tests["sameas"]}  # which asks for the very object
         self.globals["raise_exception"] = _raise_exception
-        self.globals["strftime_now"] = lambda form: datetime.now().strftime(form[:100])
+        self.globals["strftime_now"] = self.strftime_now
+        self.date: Date | None = None  # that a template sees; None is today
         self.seconds, self.seconds_left, self.looked = 0.0, 0.0, 0.0
         self.loops_left, self.max_size = 0, MAX_SIZE
         self.characters_left = 0  # to be written
         self.hide: Callable[[str], str] = str
         self.hidden: set[str] = set()  # what `hide` puts in place of other characters
         self.known: dict[int, int] = {}  # how much the lists of the input hold, by identity
+
+    def strftime_now(self, form: str) -> str:
+        """The time now or, where a date is given, its midnight."""
+        now = datetime.now() if self.date is None else datetime(*self.date.timetuple()[:3])
+        return now.strftime(form[:100])
 
     @property
     def tick(self) -> None:
@@ -367,7 +374,8 @@ class Template:
             self._environment.bounded(constant.value)
         return self._environment.from_string(tree.set_environment(self._environment).set_lineno(1))
 
-    def render(self, size: int, hide: Callable[[str], str] = str, **variables: Any) -> str:
+    def render(self, size: int, hide: Callable[[str], str] = str, date: Date | None = None,
+               **variables: Any) -> str:
         """The text for these variables, which take `size` characters in all, some of which
         `hide` has replaced. Raises VicugnaError for any failure, also of time or memory."""
         with self._lock:
@@ -382,7 +390,7 @@ class Template:
                 _measure(value, self._environment.known)
             self._environment.max_size = MAX_SIZE + 4 * size
             self._environment.characters_left = MAX_OUTPUTS * (MAX_SIZE + 4 * size)
-            self._environment.hide = hide
+            self._environment.hide, self._environment.date = hide, date
             self._environment.hidden = (set("".join(map(hide, self.parts)))
                                         - set("".join(self.parts)))
             return self._safely(lambda: self._compiled.render(**variables))

@@ -1,76 +1,79 @@
-"""From messages to marked text, in which nothing that a person wrote can be a control token."""
+"""From messages to tokens through the chat template, in which no user-provided text can become a
+special token."""
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
-from pathlib import Path
+from datetime import date as Date
+from functools import lru_cache, partial
 from typing import Any
 
+from vicugna.chat.messages import REASONING, Message, check_messages, is_parts
 from vicugna.chat.sandbox import Template
 from vicugna.errors import VicugnaError
+from vicugna.tokenizer import Tokenizer, valid_unicode
+from vicugna.tokenizer.limits import text_errors
 
-Message = dict[str, Any]
-ROLES = ("system", "user", "assistant", "tool")
-REASONING = ("reasoning_content", "thinking", "reasoning")  # its names in templates
-RARE = (0x20000, 0x2A6DE)
-TEMPLATE = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
-
-
-def check_messages(messages: Any, where: str = "messages", images: bool = True) -> None:
-    """Raise VicugnaError, naming the message's index, unless `messages` is a chat; without
-    `images`, one of text alone."""
-    if not isinstance(messages, list) or not messages:
-        raise VicugnaError("not a list of messages, or an empty one", where,
-                           'Give [{"role": "user", "content": "..."}]')
-    for index, message in enumerate(messages):
-        if problem := _problem(message):
-            raise VicugnaError(problem, f"{where}[{index}]",
-                               'A message looks like {"role": "user", "content": "..."}')
-    if not images and (found := image_parts(messages)):
-        raise VicugnaError("pictures are not taken here", f"{where}[{min(found)[0]}]",
-                           "Use text alone")
+RARE = (0x20000, 0x2A6DE)  # ideographs
+Tools = list[dict[str, Any]] | None
 
 
-def image_parts(messages: list[Message]) -> dict[tuple[int, int], Message]:
-    """The pictures of a chat, by the index of their message and of their part in it."""
-    return {(m, p): part for m, message in enumerate(messages)
-            if isinstance(content := message.get("content"), list)
-            for p, part in enumerate(content)
-            if isinstance(part, dict) and "image" in str(part.get("type"))}
+def render(tokenizer: Tokenizer, messages: list[Message], tools: Tools = None,
+           add_generation_prompt: bool = True, date: Date | None = None) -> str:
+    """The text that the chat template makes of a chat (see `encode`)."""
+    rendering = _Rendering(tokenizer, messages, tools, date)
+    return rendering.unescape(rendering.text(prompt=add_generation_prompt))
 
 
-def _problem(message: Any) -> str | None:
-    if not isinstance(message, dict):
-        return f"a message must be an object, not {type(message).__name__}"
-    role = message.get("role")
-    if role not in (*ROLES, "ipython"):  # Llama's own name for a tool
-        return f"role must be one of {', '.join(ROLES)}, not {str(role)[:40]!r}"
-    calls = message.get("tool_calls")
-    if calls and role != "assistant":
-        return "only an assistant's message may have tool_calls"
-    content = message.get("content")
-    if content is None and not calls:
-        return "content is missing"
-    if not (isinstance(content, str | None) or _is_parts(content)
-            or (role in ("tool", "ipython") and isinstance(content, dict | list))):
-        return ('content must be text, or a list of parts such as {"type": "text", "text": "..."}, '
-                f"not {type(content).__name__}")
-    if not all(isinstance(message.get(key), str | None) for key in REASONING):
-        return "reasoning must be text"
-    if calls is not None and not (isinstance(calls, list) and all(map(_is_call, calls))):
-        return 'tool_calls must be a list of {"name": "...", "arguments": {...}}'
-    return None
+def encode(tokenizer: Tokenizer, messages: list[Message], tools: Tools = None,
+           add_generation_prompt: bool = True, date: Date | None = None) -> list[int]:
+    """Tokens of a chat, BOS included where the template writes it. Only the template can place
+    special tokens.
+
+    `messages` are {"role": "system|user|assistant|tool", "content": text, or a list of parts such
+    as {"type": "text", "text": text} and {"type": "image"}}, an assistant's optionally with
+    "reasoning" and "tool_calls". `date` is the day that a template may ask for; None is today.
+    Raises VicugnaError for anything else, and for a template that refuses or fails."""
+    rendering = _Rendering(tokenizer, messages, tools, date)
+    return tokenizer.encode(rendering.with_placeholders(rendering.text(add_generation_prompt)))
 
 
-def _is_parts(content: Any) -> bool:
-    return isinstance(content, list) and all(
-        isinstance(part, dict) and isinstance(part.get("type"), str)
-        and (part["type"] != "text" or isinstance(part.get("text"), str)) for part in content)
+@text_errors()
+def encode_training(tokenizer: Tokenizer, messages: list[Message], tools: Tools = None,
+                    date: Date | None = None) -> tuple[list[int], list[bool]]:
+    """Tokens of a finished chat, and the loss mask: which of them the assistant would have to
+    generate after the same prompt, its end of turn too."""
+    rendering = _Rendering(tokenizer, messages, tools, date)
+    text, encoder = rendering.text(), tokenizer.encoder
+    marks = [(mark.start(), mark.end()) for mark in encoder.pattern.finditer(text)]
+    ends = [end for start, end in marks
+            if tokenizer.special_tokens[text[start:end]] in tokenizer.eos_ids]
+    rendered, cuts, done = "", [], 0
+    for start in rendering.starts(text):
+        # Where only the prompt opens a special token, as <think>, the cut is before it.
+        start = next((a for a, b in marks if a < start < b), start)
+        if start < done:
+            raise VicugnaError("this template ends no turn of the assistant with a token",
+                               "chat_template.jinja", "Use another template")
+        end = next((end for end in ends if end > start), len(text))
+        for cut in (start, end):
+            rendered += rendering.with_placeholders(text[done:cut])
+            cuts.append(len(rendered))
+            done = cut
+    rendered = valid_unicode(rendered + rendering.with_placeholders(text[done:]))
+    ids, offsets = encoder.encode_with_offsets(rendered)
+    return ids, [bisect_right(cuts, offset) % 2 == 1 for offset in offsets]
 
 
-def _is_call(call: Any) -> bool:
-    called = call.get("function", call) if isinstance(call, dict) else None
-    return (isinstance(called, dict) and isinstance(called.get("name"), str)
-            and isinstance(called.get("arguments"), dict | str))
+@lru_cache(maxsize=64)
+def _compiled(source: str, special_tokens: tuple[str, ...]) -> Template:
+    return Template(source, _first_symbols(special_tokens))
+
+
+def _first_symbols(names: Iterable[str]) -> list[str]:
+    """What to escape in a text so that it spells none of `names`: of each its first character that
+    does not occur in words (usually that is "<"), or the whole of a token that is a word."""
+    return sorted({next((part for part in name if not (part.isalnum() or part == "_")), name)
+                   for name in names})
 
 
 def _mapped(value: Any, change: Callable[[str], Any]) -> Any:
@@ -93,24 +96,22 @@ def _as_templates_expect(message: Message) -> Message:
             } if reasoning else message
 
 
-def breaking(controls: Iterable[str]) -> list[str]:
-    """What to swap in a text so that it spells none of `controls`: of each its first character that
-    does not occur in words (usually that is "<"), or the whole of a token that is a word."""
-    return sorted({next((part for part in name if not (part.isalnum() or part == "_")), name)
-                   for name in controls})
+class _Rendering:
+    """Renders one chat, or its beginnings, so that user-provided text cannot spell a special token.
 
-
-class Renderer:
-    """Renders one chat, or its beginnings, so that people's text cannot spell a control token.
-
-    One character of every such token (see `breaking`) is swapped in their text for a rare one that
-    occurs nowhere in the input, so the template may trim, split, measure and join it; what the
-    template looks for in their text, as </think>, is swapped as well (see sandbox.py). `lift` swaps
-    them back, once the template's own control tokens are sealed.
+    One character of every such token (see `_first_symbols`) is replaced in user-provided text by a
+    rare one that occurs nowhere in the input, so the template may trim, split, measure and join it;
+    what the template looks for in that text, as </think>, is escaped as well (see sandbox.py).
+    `with_placeholders` restores the characters, once the template's own special tokens are safe.
     """
 
-    def __init__(self, template: Template, names: dict[str, str], messages: Any, tools: Any
-                 ) -> None:
+    def __init__(self, tokenizer: Tokenizer, messages: Any, tools: Any, date: Date | None) -> None:
+        name = "tool_use" if tools is not None and "tool_use" in tokenizer.templates else "default"
+        if name not in tokenizer.templates:
+            raise VicugnaError("this tokenizer has no chat template", "chat_template.jinja",
+                               "Use plain text, or add a template to the checkpoint")
+        template = _compiled(tokenizer.templates[name], tuple(tokenizer.special_tokens))
+        self._tokenizer = tokenizer
         check_messages(messages)
         messages = list(map(_as_templates_expect, messages))
         texts: list[str] = []
@@ -123,30 +124,35 @@ class Renderer:
         self._swaps = list(zip(found, free, strict=False))
         if len(self._swaps) < len(found):
             raise VicugnaError("every rare ideograph is in use", "messages", "Use fewer")
-        self._messages, tools = _mapped([messages, tools], self._hide)
+        self._messages, tools = _mapped([messages, tools], self._escape)
         size = len(str([self._messages, tools]))
-        self._render = partial(template.render, size, self._hide, tools=tools, documents=None,
-                               **names)
+        self._render = partial(template.render, size, self._escape, date, tools=tools,
+                               documents=None, **tokenizer.named_tokens)
 
-    def _hide(self, text: str) -> str:
+    def _escape(self, text: str) -> str:
         for part, mark in self._swaps:
             text = text.replace(part, mark + part[1:])
         return text
 
-    def lift(self, text: str) -> str:
-        """Rendered text as people wrote it."""
+    def unescape(self, text: str) -> str:
+        """Rendered text with the user-provided text as it was."""
         for part, mark in self._swaps:
             text = text.replace(mark, part[0])
         return text
 
-    def text(self, count: int | None = None, prompt: bool = False) -> str:
-        """The text of the first `count` messages (all by default), people's characters swapped.
-        VicugnaError where the template takes no parts, and would show them as a list of Python."""
+    def with_placeholders(self, text: str) -> str:
+        """Rendered text to be encoded: placeholders for the special tokens of the template, and
+        user-provided text unescaped, in which the same names are plain text."""
+        return self.unescape(self._tokenizer.encoder.with_placeholders(text))
+
+    def text(self, prompt: bool = False, count: int | None = None) -> str:
+        """The text, still escaped, of the first `count` messages (all by default). VicugnaError
+        where the template takes no parts, and would show them as a list of Python."""
         messages = self._messages[:count]
         text = self._render(messages=messages, add_generation_prompt=prompt)
         for index, message in enumerate(messages):
             content = message.get("content")
-            if content and _is_parts(content) and str(content) in text:
+            if content and is_parts(content) and str(content) in text:
                 raise VicugnaError("this model's chat template takes text only",
                                    f"messages[{index}]", "Give its content as one text")
         return text
@@ -156,12 +162,13 @@ class Renderer:
         prompt for them ends, less what the template ends only prompts with, as <think>."""
         for index, message in enumerate(self._messages):
             if message["role"] == "assistant":
-                prompt = self.text(index, prompt=True) if index else ""
+                prompt = self.text(prompt=True, count=index) if index else ""
                 start = len(prompt)
                 if not whole.startswith(prompt):
                     pairs = enumerate(zip(whole, prompt, strict=False))
                     start = next((n for n, (a, b) in pairs if a != b), len(whole))
-                if not index or (start < len(prompt) and start < len(self.text(index))):
+                if not index or (start < len(prompt)
+                                 and start < len(self.text(count=index))):
                     raise VicugnaError("this template cannot show what the assistant said here",
                                        f"messages[{index}]", "Begin with a system or user message, "
                                        "and use a template that leaves earlier turns unchanged")

@@ -105,25 +105,30 @@ def _handle(conversation: Chat, text: str, as_json: bool = False) -> None:
 
 def _reply(chat: Chat, text: str, as_json: bool) -> None:
     """Print one reply: streamed (reasoning on a terminal only), or whole as JSON."""
-    from vicugna.chat.replies import read_chat, reply
+    from vicugna import engine
+    from vicugna.chat import ReplyParser  # which import PyTorch
 
     system = [{"role": "system", "content": chat.system}] if chat.system else []
     user = {"role": "user", "content": text}
-    prompt, _ = read_chat(chat.model, [*system, *chat.turns, user])
-    terminal, thoughts, answer, tokens = sys.stdout.isatty() and not as_json, "", "", 0
+    prompt, _ = chat.model.read_chat([*system, *chat.turns, user])
+    tokenizer = chat.model.text_tokenizer()
+    parser = ReplyParser(tokenizer, prompt)
+    terminal, begun, tokens = sys.stdout.isatty() and not as_json, False, 0
     try:
-        for reasoning, new, _, delta in reply(chat.model, prompt, chat.sampling):
-            thoughts += reasoning
+        for delta in engine.stream(chat.model.network, tokenizer, prompt, chat.sampling):
+            new = parser.push(delta.tokens, delta.text, delta.finish_reason is not None)
             if terminal:
-                gap = "\n\n" if new and thoughts and not answer else ""
-                print(f"{DIM}{_visible(reasoning)}{PLAIN}{gap}{_visible(new)}", end="", flush=True)
+                gap = "\n\n" if new.content and parser.reasoning and not begun else ""
+                print(f"{DIM}{_visible(new.reasoning)}{PLAIN}{gap}{_visible(new.content)}",
+                      end="", flush=True)
             elif not as_json:
-                print(new, end="", flush=True)
-            answer, tokens = answer + new, tokens + len(delta.tokens)
+                print(new.content, end="", flush=True)
+            begun, tokens = begun or bool(new.content), tokens + len(delta.tokens)
     finally:  # also when interrupted
-        if answer:
-            chat.turns += [user, {"role": "assistant", "content": answer}]
-    print(json.dumps({"text": answer, "reasoning": thoughts or None, "tokens": tokens,
+        if parser.content:
+            chat.turns += [user, {"role": "assistant", "content": parser.content}]
+    print(json.dumps({"text": parser.content, "reasoning": parser.reasoning or None,
+                      "tokens": tokens,
                       "finish_reason": delta.finish_reason}) if as_json else "", flush=True)
     if delta.finish_reason == "length":
         print("(truncated at the token limit)", file=sys.stderr)

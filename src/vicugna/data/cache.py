@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vicugna import files
+from vicugna import chat, files
 from vicugna.data.sources import Chat, SourceSpec, Text, content_digest, documents
 from vicugna.errors import VicugnaError
 from vicugna.tokenizer import Tokenizer
@@ -29,7 +29,7 @@ class TokenFile:
 
 def open_tokens(spec: SourceSpec, tokenizer: Tokenizer, folder: Path) -> TokenFile:
     """The tokens of a source, from `folder` when they are already there. A text document is BOS,
-    its tokens, end of text; a chat is what `chat_training` gives."""
+    its tokens, end of text; a chat is what `chat.encode_training` gives."""
     digest = files.digest_of([_VERSION, content_digest(spec), tokenizer.digest])
     place = folder / digest[:32] / "tokens"
     try:
@@ -87,9 +87,9 @@ def _encoded(batch: list[Text | Chat], tokenizer: Tokenizer
     pieces = [piece for piece in batch if isinstance(piece, Text)]
     for piece, ids in zip(pieces, tokenizer.encode_batch([p.text for p in pieces]), strict=True):
         yield [*ids, tokenizer.eos_ids[0]] if piece.last else ids, [], piece.last
-    for chat in batch:
-        if isinstance(chat, Chat):
+    for one in batch:
+        if isinstance(one, Chat):
             try:
-                yield *tokenizer.chat_training(chat.messages, chat.tools), True
+                yield *chat.encode_training(tokenizer, one.messages, one.tools), True
             except VicugnaError as error:
-                raise VicugnaError(error.what, f"{chat.where}, {error.where}", error.fix) from error
+                raise VicugnaError(error.what, f"{one.where}, {error.where}", error.fix) from error

@@ -6,7 +6,7 @@ from random import Random
 
 import numpy as np
 
-from vicugna import files, tasks
+from vicugna import chat, files, tasks
 from vicugna.data.packing import Row, pack
 from vicugna.data.sources import TASK, Amount, SourceSpec
 from vicugna.errors import VicugnaError
@@ -105,5 +105,5 @@ class TaskRows:
                    self._tokenizer.eos_ids[0]]
             mask = [True] * len(ids)
         else:
-            ids, mask = self._tokenizer.chat_training([*item.messages, item.solution])
+            ids, mask = chat.encode_training(self._tokenizer, [*item.messages, item.solution])
         return np.asarray(ids, np.int32), np.asarray(mask, np.bool_)

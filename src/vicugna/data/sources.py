@@ -17,8 +17,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vicugna import files, tasks
+from vicugna.chat import check_messages
 from vicugna.errors import VicugnaError
-from vicugna.tokenizer import check_messages, valid_unicode
+from vicugna.tokenizer import valid_unicode
 
 STDLIB, TASK, HUB = "stdlib", "task:", "hf:"
 PIECE = 1 << 17  # characters of a long text that are held at once

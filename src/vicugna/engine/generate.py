@@ -1,7 +1,7 @@
 """Continuing prompts: many at once (`generate`), or one as it comes (`stream`)."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,7 +73,8 @@ def generate(network: nn.Module, tokenizer: Tokenizer | None, prompts: list[list
 
 
 def stream(network: nn.Module, tokenizer: Tokenizer | None, prompt: list[int], sampling: Sampling,
-           cancelled: Cancelled = None, images: Tensor | None = None) -> Iterator[Delta]:
+           cancelled: Cancelled = None, images: Tensor | None = None
+           ) -> Generator[Delta, None, None]:
     """Continue one prompt, a `Delta` a token; the same completion as `generate`'s.
 
     A text never holds half a character, nor the beginning of what may become a stop string: such

@@ -15,11 +15,12 @@ from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
+from vicugna.chat import check_messages
 from vicugna.errors import VicugnaError
 from vicugna.evals.plan import PlannedItem, plan_item, sort_plan
 from vicugna.files import canonical, read_text
 from vicugna.tasks import Difficulty, Item
-from vicugna.tokenizer import Tokenizer, check_messages
+from vicugna.tokenizer import Tokenizer
 
 
 class Question(BaseModel):

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import product
 from typing import Any
 
-from vicugna import tasks
+from vicugna import chat, tasks
 from vicugna.errors import VicugnaError
 from vicugna.files import digest_of
 from vicugna.tasks import Difficulty, Item, Task
@@ -109,8 +109,8 @@ def plan_item(group: str, item: Item, max_new_tokens: int, tokenizer: Tokenizer,
             length_tokens: int = 0) -> PlannedItem:
     """Plan to ask `item`; metadata["cluster"], where a task gives it, names what it shares."""
     return PlannedItem(group, item.task, item.seed, item.difficulty, max_new_tokens, length_tokens,
-                       str(item.metadata.get("cluster", "")), len(tokenizer.chat(item.messages)),
-                       digest_of(item.messages))
+                       str(item.metadata.get("cluster", "")),
+                       len(chat.encode(tokenizer, item.messages)), digest_of(item.messages))
 
 
 def sort_plan(plan: Iterable[PlannedItem]) -> list[PlannedItem]:
@@ -145,7 +145,7 @@ def _fit_length(task: Task, seed: int, difficulty: Difficulty, spec: Spec,
     """The difficulty with a length, in characters, that fills `spec.length_tokens` tokens."""
     target, low, high, nearest = spec.length_tokens, 0, 0, 0
     for _ in range(40):
-        count = len(tokenizer.chat(task.item(seed, difficulty).messages))
+        count = len(chat.encode(tokenizer, task.item(seed, difficulty).messages))
         if target - max(0.05 * target, 16) <= count <= target:
             return difficulty
         length = difficulty.length

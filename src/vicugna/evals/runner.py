@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from vicugna import engine
+from vicugna import chat, engine
 from vicugna.engine import Sampling
 from vicugna.errors import VicugnaError
 from vicugna.evals.plan import PlannedItem, plan_digest, split_batches
@@ -62,7 +62,7 @@ class LocalModel:
     def answer(self, conversations: Sequence[list[dict[str, str]]],
                samplings: Sequence[Sampling]) -> list[Reply]:
         """A reply to each conversation, in order."""
-        prompts = [self.tokenizer.chat(messages) for messages in conversations]
+        prompts = [chat.encode(self.tokenizer, messages) for messages in conversations]
         context = self.network.config.context_length
         replies = iter(self._generate([pair for pair in zip(prompts, samplings, strict=True)
                                        if len(pair[0]) <= context]))
@@ -84,7 +84,7 @@ class LocalModel:
             return [reply for one in asked for reply in self._generate([one])]
         return [Reply(text, reasoning, len(one.tokens), one.finish_reason)
                 for one, prompt in zip(done, prompts, strict=True)
-                for reasoning, text in [self.tokenizer.split_reasoning(one.tokens, prompt)]]
+                for reasoning, text in [chat.parse_reply(self.tokenizer, one.tokens, prompt)]]
 
 
 def run(model: Any, plan: Sequence[PlannedItem], folder: str | Path, *, batch_size: int = 32,

@@ -19,9 +19,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from torch import Tensor
 
-from vicugna.chat.replies import ContextExceeded, read_chat, reply, tokenizer_of
+from vicugna import engine
+from vicugna.chat import ReplyParser
 from vicugna.errors import VicugnaError
-from vicugna.model import Model
+from vicugna.model import ContextExceeded, Model
 from vicugna.server.guard import Guard
 from vicugna.server.protocol import ApiError, ChatRequest, parse, token_logprobs
 from vicugna.server.worker import Worker
@@ -34,7 +35,7 @@ class Server:
     """The served model and its id. Raises VicugnaError if it has no tokenizer."""
 
     def __init__(self, model: Model, name: str) -> None:
-        self.model, self.name, self.tokenizer = model, name, tokenizer_of(model)
+        self.model, self.name, self.tokenizer = model, name, model.text_tokenizer()
         self.worker, self.fingerprint = Worker(), f"vicugna-{model.digest[:12]}"
         self.card = {"id": name, "object": "model", "created": int(time.time()),
                      "owned_by": "vicugna",
@@ -54,7 +55,7 @@ class Server:
         messages = [{"role": message.role, "content": message.content,
                   "reasoning": message.reasoning_content} for message in request.messages]
         try:
-            prompt, images = read_chat(self.model, messages)
+            prompt, images = self.model.read_chat(messages)
         except VicugnaError as error:
             code = "context_length_exceeded" if isinstance(error, ContextExceeded) else None
             raise ApiError(400, f"{error}.", "messages", code) from error
@@ -96,12 +97,15 @@ class Completion:
 
     async def _steps(self) -> AsyncIterator[tuple[dict[str, str], list[Any], str | None]]:
         """Per decoding step: (new text by field, logprob entries, finish reason)."""
-        start = partial(reply, self.server.model, self.prompt, self.request.sampling(),
-                        images=self.images)
-        async for reasoning, answer, thinking, delta in self.server.worker.run(start):
+        server, parser = self.server, ReplyParser(self.server.tokenizer, self.prompt)
+        start = partial(engine.stream, server.model.network, server.tokenizer, self.prompt,
+                        self.request.sampling(), images=self.images)
+        async for delta in server.worker.run(start):
+            new = parser.push(delta.tokens, delta.text, delta.finish_reason is not None)
             self.completion_tokens += len(delta.tokens)
-            self.reasoning_tokens += len(delta.tokens) * thinking
-            texts = {"reasoning_content": reasoning, "content": answer}
+            if new.reasoning or parser.in_reasoning:
+                self.reasoning_tokens += len(delta.tokens)
+            texts = {"reasoning_content": new.reasoning, "content": new.content}
             yield ({key: text for key, text in texts.items() if text},
                    token_logprobs(delta, self.server.tokenizer) if self.request.logprobs else [],
                    delta.finish_reason)

@@ -1,15 +1,15 @@
-"""Tokenizers and chat templates: our own byte-level BPE, and those of other families' files."""
+"""Tokenizers: our own byte-level BPE, and those of other families' files."""
 
-from vicugna.chat.template import check_messages
-from vicugna.tokenizer.bpe import (
+from vicugna.tokenizer.bpe import MINIMUM_VOCABULARY, train
+from vicugna.tokenizer.tokenizer import (
+    END_THINK,
     FILES,
-    MINIMUM_VOCABULARY,
+    THINK,
     StreamDecoder,
     Tokenizer,
     from_model_file,
-    train,
     valid_unicode,
 )
 
-__all__ = ["FILES", "MINIMUM_VOCABULARY", "StreamDecoder", "Tokenizer", "check_messages",
+__all__ = ["END_THINK", "FILES", "MINIMUM_VOCABULARY", "THINK", "StreamDecoder", "Tokenizer",
            "from_model_file", "train", "valid_unicode"]

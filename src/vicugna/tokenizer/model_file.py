@@ -16,32 +16,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from vicugna import files
 from vicugna.errors import VicugnaError
+from vicugna.tokenizer import byte_level
 from vicugna.tokenizer.settings import Settings
 
 MAX_BYTES = 24 * 10**6  # of a file; Mistral's have 19 million
 MAX_TOKENS = 1 << 19
 MAX_LENGTH = 256  # of a token, in characters or bytes; the longest known has 128
 VERSIONS = ("3", "3.1", "4")
-# GPT-2's table: each byte as a printable character, here from character to byte.
-_PLAIN = {*range(33, 127), *range(161, 173), *range(174, 256)}
-BYTES = ({chr(byte): byte for byte in _PLAIN} |
-         {chr(256 + i): byte for i, byte in enumerate(sorted({*range(256)} - _PLAIN))})
-_CHARACTERS = {byte: character for character, byte in BYTES.items()}
-_LLAMA_3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
-    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-_LLAMA_4_SPLIT = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_SHORT}|"
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_SHORT}|"
-    r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-_QWEN_2_SPLIT = _LLAMA_3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
-# The first control tokens of a tekken.json that lists none, as those of early versions do.
+# The first special tokens of a tekken.json that lists none, as those of early versions do.
 _TEKKEN_EARLY = ("v1", "v2", "v3", "v7")
 _TEKKEN_NAMES = (
     "<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]",
@@ -74,10 +60,10 @@ def read(path: Path, version: str | None, legacy: bool) -> tuple[tokenizers.Toke
         return _tekken(json.loads(data)) if data.startswith(b"{") else _ranks(data, version)
 
 
-def read_pair(path: Path, said: Settings) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+def read_pair(path: Path, found: Settings) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
     """As `read`, from vocab.json at `path` and merges.txt beside it, which do not say how text is
     cut into words: the tokenizer_class does. VicugnaError unless it is Qwen2's."""
-    kind = said.config.get("tokenizer_class")
+    kind = found.config.get("tokenizer_class")
     if kind not in ("Qwen2Tokenizer", "Qwen2TokenizerFast"):
         raise VicugnaError(f"vocab.json and merges.txt of tokenizer_class {str(kind)[:40]!r} are "
                            "not read", str(path), "Only Qwen2Tokenizer's are; add tokenizer.json")
@@ -94,9 +80,10 @@ def read_pair(path: Path, said: Settings) -> tuple[tokenizers.Tokenizer, dict[st
             raise ValueError("it has the same id twice")
         if min(ids.values()) < 0 or max(ids.values()) >= MAX_TOKENS:
             raise ValueError(f"its ids are not all between 0 and {MAX_TOKENS:,}")
-        if not BYTES.keys() <= ids.keys():
+        if not byte_level.BYTES.keys() <= ids.keys():
             raise ValueError("it has no token for some byte")
-        raw = _byte_level(ids, pairs, _QWEN_2_SPLIT, said.config.get("add_prefix_space") is True)
+        raw = byte_level.build(models.BPE(ids, pairs), byte_level.QWEN_2_SPLIT,
+                               found.config.get("add_prefix_space") is True)
         raw.normalizer = normalizers.NFC()
     ending = dict.fromkeys(("eos_token", "pad_token", "unk_token"), "<|endoftext|>")
     return raw, {"bos_token": None, **ending, "clean_up_tokenization_spaces": False}
@@ -126,7 +113,7 @@ def _sentencepiece(data: bytes, legacy: bool) -> tuple[tokenizers.Tokenizer, dic
     """From a ModelProto: pieces 1 (text 1, score 2, kind 3), trainer 2, normalizer 3. The text
     normalization it may name, which no model of these families uses, is left out as transformers
     does. Unless `legacy`, only the very beginning of a text gets a space, not what follows a
-    control token."""
+    special token."""
     parts: dict[int, list[dict[int, Any]]] = {1: [], 2: [{}], 3: [{}]}
     for number, value in _fields(memoryview(data)):
         if number in parts:
@@ -142,7 +129,7 @@ def _sentencepiece(data: bytes, legacy: bool) -> tuple[tokenizers.Tokenizer, dic
     ids = {name: id for id, name in enumerate(names)}
     if len(ids) < len(names):
         raise ValueError("it has the same piece twice")
-    # Control tokens are never made of text, nor text of them.
+    # Special tokens are never made of text, nor text of them.
     spelled = {names[id]: id for id in sorted(range(len(names)), key=lambda id: (-scores[id], id))
                if kinds[id] in (_NORMAL, _USER_DEFINED)}
     special = {key: names[id] for key, number, default in (
@@ -211,14 +198,15 @@ def merges(ids: Collection[Text], order: Callable[[Text, Text], Any]
 
 def _ranks(data: bytes, version: str | None) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
     """From lines of a token in base64 and its rank: of the tokens that are two others together,
-    those of lower ranks are made first. The control tokens follow the ranks."""
+    those of lower ranks are made first. The special tokens follow the ranks."""
     lines = [line.split() for line in data.split(b"\n") if line]
     listed = sorted((int(rank), b64decode(token, validate=True)) for token, rank in lines)
     ranks = {token: rank for rank, token in listed}
     if [rank for rank, _ in listed] != list(range(len(lines))):
         raise ValueError("the ranks of its tokens are not 0, 1, 2, ...")
     version = version or ("4" if len(ranks) > 150_000 else "3.1")
-    raw = _of_ranks(ranks, [], _LLAMA_4_SPLIT if version == "4" else _LLAMA_3_SPLIT)
+    raw = _of_ranks(ranks, [], byte_level.LLAMA_4_SPLIT if version == "4" else
+                    byte_level.LLAMA_3_SPLIT)
     special = _llama_4_names() if version == "4" else _llama_3_names(version)
     raw.add_special_tokens([AddedToken(name, normalized=False) for name in special])
     names = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
@@ -228,7 +216,7 @@ def _ranks(data: bytes, version: str | None) -> tuple[tokenizers.Tokenizer, dict
 
 
 def _tekken(content: Any) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
-    """From tekken.json: control tokens come first, and leave of the ranked tokens as many as
+    """From tekken.json: special tokens come first, and leave of the ranked tokens as many as
     `default_vocab_size` has room for."""
     config, listed = content["config"], content.get("special_tokens")
     size, first = config["default_vocab_size"], config["default_num_special_tokens"]
@@ -255,25 +243,14 @@ def _of_ranks(ranks: dict[bytes, int], special: list[str], split: str) -> tokeni
     first = len(special)
     if not all(bytes([byte]) in ranks for byte in range(256)):
         raise ValueError("it has no token for some byte")
-    text = {token: "".join(map(_CHARACTERS.__getitem__, token)) for token in ranks}
+    text = {token: "".join(map(byte_level.CHARACTERS.__getitem__, token)) for token in ranks}
     ids = {name: id for id, name in enumerate(special)} | {
         text[token]: first + rank for token, rank in ranks.items()}
     if len(ids) > MAX_TOKENS or set(ids.values()) != set(range(first + len(ranks))):
         raise ValueError("it has too many tokens, or the same one twice")
     pairs = merges(ranks, lambda left, right: (ranks[left], ranks[right]))
-    raw = _byte_level(ids, [(text[left], text[right]) for left, right in pairs], split)
+    raw = byte_level.build(models.BPE(ids, [(text[a], text[b]) for a, b in pairs]), split)
     raw.model.ignore_merges = True
-    return raw
-
-
-def _byte_level(ids: dict[str, int], pairs: list[tuple[str, str]], split: str,
-                add_prefix_space: bool = False) -> tokenizers.Tokenizer:
-    """Byte-level BPE over the words that the expression `split` cuts."""
-    raw = tokenizers.Tokenizer(models.BPE(ids, pairs))
-    raw.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(split), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space, use_regex=False)])
-    raw.decoder = decoders.ByteLevel()
     return raw
 
 
@@ -305,8 +282,6 @@ def _finished(raw: tokenizers.Tokenizer, names: dict[str, str], **more: Any
               ) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
     """With the beginning-of-text token, if any, before every text."""
     if bos := names.get("bos_token"):
-        raw.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B",
-            special_tokens=[(bos, raw.token_to_id(bos))])
+        byte_level.prepend_bos(raw, bos)
     return raw, {**names, "clean_up_tokenization_spaces": False,
                  "tokenizer_class": "PreTrainedTokenizerFast", **more}

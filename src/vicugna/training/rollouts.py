@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from vicugna import engine, tasks
+from vicugna import chat, engine, tasks
 from vicugna.data import IGNORED, SourceSpec, draw_item
 from vicugna.data.mixing import schedule
 from vicugna.data.packing import collate, pack
@@ -38,7 +38,7 @@ def rollout(network: nn.Module, tokenizer: Tokenizer, spec: RlSpec, seed: int, s
     """Sample and score this rank's responses of `step`: the batch for objectives.policy_gradient.
     Groups whose responses all have the same reward have no gradient and are left out of it."""
     items = [item for item in questions(spec, seed, step, ranks) for _ in range(spec.group)]
-    prompts = [tokenizer.chat(item.messages) for item in items]
+    prompts = [chat.encode(tokenizer, item.messages) for item in items]
     first = ranks.rank * len(prompts)  # among the step's responses: seeds do not depend on ranks
     samplings = [Sampling(max_new_tokens=spec.max_new_tokens, temperature=spec.temperature,
                           seed=int(digest_of([seed, step, number])[:12], 16))
@@ -76,7 +76,8 @@ def reward(item: Item, prompt: list[int], completion: Completion, tokenizer: Tok
     """The task's score of the response without its reasoning; 0 for a truncated one."""
     if completion.finish_reason != "stop":
         return 0.0
-    return tasks.get(item.task).score(item, tokenizer.split_reasoning(completion.tokens, prompt)[1])
+    _, content = chat.parse_reply(tokenizer, completion.tokens, prompt)
+    return tasks.get(item.task).score(item, content)
 
 
 def batch(responses: list[Response], pad: int, norm: float, metrics: dict[str, float]

@@ -7,51 +7,12 @@ from collections.abc import AsyncIterator, Generator
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from live_server import tiny_tokenizer
 
-from vicugna.chat.replies import ReasoningSplitter
 from vicugna.errors import VicugnaError
 from vicugna.server import worker
 from vicugna.server.listen import bind, check_exposure
 from vicugna.server.protocol import ApiError
 from vicugna.server.worker import Worker
-
-TOKENIZER = tiny_tokenizer()
-
-
-def split(pieces: list[str], prompt: list[int] | None = None) -> tuple[str, str]:
-    splitter = ReasoningSplitter(TOKENIZER, prompt or [])
-    parts = [splitter.push(piece, False) for piece in pieces] + [splitter.push("", True)]
-    return "".join(part[0] for part in parts), "".join(part[1] for part in parts)
-
-
-@pytest.mark.parametrize(("text", "reasoning", "answer"), [
-    ("just an answer", "", "just an answer"),
-    ("<think>a b</think>c", "a b", "c"),
-    ("\n<think>\na\n\nb\n</think>\n\nc\n", "a\n\nb", "c\n"),
-    ("<think>never ends <", "never ends <", ""),
-    ("<think></think>", "", ""),
-    ("<thin", "", "<thin"),
-    ("", "", ""),
-    ("so <think>no</think>", "", "so <think>no</think>"),
-    ("<think>a</think>b</think>c", "a", "b</think>c"),
-    ("<think>1 < 2 </thin </think>x", "1 < 2 </thin ", "x")])
-def test_reasoning_is_split_the_same_however_it_comes(text: str, reasoning: str,
-                                                      answer: str) -> None:
-    assert split([text]) == (reasoning, answer)
-    assert split(list(text)) == (reasoning, answer)
-
-
-@given(st.lists(st.sampled_from(["<think>", "</think>", "<", "/", "think>", "\n", "a", "<thi"])))
-def test_pieces_never_change_the_split(pieces: list[str]) -> None:
-    assert split(pieces) == split(["".join(pieces)])
-
-
-def test_a_prompt_may_open_the_reasoning() -> None:
-    opened = [1, TOKENIZER.id_of("<think>") or 0]
-    assert split(["a</th", "ink>b"], opened) == ("a", "b")
 
 
 def run_worker(work: Any) -> Any:

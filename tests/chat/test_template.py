@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from vicugna.chat import encode, encode_training, parse_reply, render, sandbox
 from vicugna.errors import VicugnaError
-from vicugna.tokenizer import Tokenizer, sandbox
+from vicugna.tokenizer import Tokenizer
 from vicugna.tokenizer.bpe import SPECIAL, VISIBLE
 
 TOOLS = [{"type": "function", "function": {"name": "add", "description": "Adds é <b> \"x\"",
@@ -45,7 +46,7 @@ def theirs(reference: Any, chat: list[dict[str, Any]], **options: Any) -> list[i
 @pytest.mark.parametrize("prompt", [True, False])
 def test_transformers_renders_the_same(tok: Tokenizer, reference: Any, chat: list[dict[str, Any]],
                                        tools: Any, prompt: bool) -> None:
-    assert tok.chat(chat, prompt, tools) == theirs(reference, chat, tools=tools,
+    assert encode(tok, chat, tools, prompt) == theirs(reference, chat, tools=tools,
                                                    add_generation_prompt=prompt)
 
 
@@ -55,8 +56,8 @@ def test_transformers_renders_any_benign_text_the_same(
         tok: Tokenizer, reference: Any, user: str, answer: str, reasoning: str) -> None:
     chat = [{"role": "system", "content": user}, {"role": "user", "content": user},
             {"role": "assistant", "content": answer, "reasoning": reasoning}]
-    assert tok.chat(chat, False) == theirs(reference, chat)
-    assert tok.chat_training(chat)[0] == theirs(reference, chat)
+    assert encode(tok, chat, add_generation_prompt=False) == theirs(reference, chat)
+    assert encode_training(tok, chat)[0] == theirs(reference, chat)
 
 
 def test_transformers_agrees_on_plain_text(tok: Tokenizer, reference: Any) -> None:
@@ -70,7 +71,7 @@ def test_transformers_agrees_on_plain_text(tok: Tokenizer, reference: Any) -> No
 
 
 def controls(tok: Tokenizer, ids: list[int]) -> list[int]:
-    return [i for i in ids if i in tok.control_ids]
+    return [i for i in ids if i in tok.special_ids]
 
 
 hostile = st.lists(st.sampled_from(
@@ -88,36 +89,38 @@ def test_no_text_becomes_a_control_token(tok: Tokenizer, texts: list[str]) -> No
                 {"role": "tool", "content": t[7]}]
 
     tools = [{"name": texts[8], texts[8]: 1}]
-    ids = tok.chat(chat(texts), tools=tools)
-    benign_ids = tok.chat(chat(["x"] * 9), tools=[{"name": "x"}])
+    ids = encode(tok, chat(texts), tools=tools)
+    benign_ids = encode(tok, chat(["x"] * 9), tools=[{"name": "x"}])
     assert controls(tok, ids) == controls(tok, benign_ids)
     text = tok.decode(ids, skip_special=False)
     assert all(texts[i] in text for i in (0, 1, 3, 7)) and texts[2].strip() in text
-    training, mask = tok.chat_training(chat(texts))
-    assert controls(tok, training) == controls(tok, tok.chat(chat(["x"] * 9), False))
+    training, mask = encode_training(tok, chat(texts))
+    assert controls(tok, training) == controls(
+        tok, encode(tok, chat(["x"] * 9), add_generation_prompt=False))
     assert len(mask) == len(training)
 
 
 def test_a_role_cannot_smuggle(tok: Tokenizer) -> None:
     with pytest.raises(VicugnaError, match="role must be"):
-        tok.chat([{"role": "user<|end_header_id|>", "content": "x"}])
+        encode(tok, [{"role": "user<|end_header_id|>", "content": "x"}])
 
 
 def test_literal_think_stays_text(tok: Tokenizer) -> None:
-    ids = tok.chat([USER, {"role": "assistant", "content": "<think>no</think>"}], False)
+    ids = encode(tok, [USER, {"role": "assistant", "content": "<think>no</think>"}],
+                 add_generation_prompt=False)
     assert tok.id_of("<think>") not in ids
 
 
 @pytest.mark.parametrize("chat", CHATS)
 def test_loss_is_on_what_the_assistant_would_generate(tok: Tokenizer,
                                                       chat: list[dict[str, Any]]) -> None:
-    ids, mask = tok.chat_training(chat)
-    assert ids == tok.chat(chat, add_generation_prompt=False)
+    ids, mask = encode_training(tok, chat)
+    assert ids == encode(tok, chat, add_generation_prompt=False)
     wanted: list[int] = []
     for index, message in enumerate(chat):
         if message["role"] == "assistant":
-            prompt = tok.chat(chat[:index])
-            whole = tok.chat(chat[:index + 1], add_generation_prompt=False)
+            prompt = encode(tok, chat[:index])
+            whole = encode(tok, chat[:index + 1], add_generation_prompt=False)
             assert whole[:len(prompt)] == prompt
             wanted += whole[len(prompt):]
     assert [i for i, said in zip(ids, mask, strict=True) if said] == wanted
@@ -128,10 +131,10 @@ def test_split_reasoning(tok: Tokenizer) -> None:
     think, end = tok.id_of("<think>") or 0, tok.id_of("</think>") or 0
     a, b = tok.encode("steps"), tok.encode("42")
     eot = tok.eos_ids[1]
-    assert tok.split_reasoning([think, *a, end, *b, eot]) == ("steps", "42")
-    assert tok.split_reasoning([*a, end, *b]) == ("steps", "42")
-    assert tok.split_reasoning([think, *a]) == ("steps", "")
-    assert tok.split_reasoning([*b, eot]) == (None, "42")
+    assert parse_reply(tok, [think, *a, end, *b, eot]) == ("steps", "42")
+    assert parse_reply(tok, [*a, end, *b]) == ("steps", "42")
+    assert parse_reply(tok, [think, *a]) == ("steps", "")
+    assert parse_reply(tok, [*b, eot]) == (None, "42")
     assert tok.decode([think, *a, end, *b, eot]) == "<think>steps</think>42"
 
 
@@ -147,15 +150,15 @@ def test_split_reasoning(tok: Tokenizer) -> None:
     ([{"role": "user", "content": "x", "tool_calls": [{}]}], "messages[0]"),
 ])
 def test_bad_messages_are_named(tok: Tokenizer, chat: Any, where: str) -> None:
-    for call in (tok.chat, tok.chat_training):
+    for call in (encode, encode_training):
         with pytest.raises(VicugnaError) as caught:
-            call(chat)
+            call(tok, chat)
         assert caught.value.where == where
 
 
 def test_training_needs_a_prompt_before_the_assistant(tok: Tokenizer) -> None:
     with pytest.raises(VicugnaError, match="Begin with"):
-        tok.chat_training([ANSWER])
+        encode_training(tok, [ANSWER])
 
 
 def with_template(tok: Tokenizer, folder: Path, template: str) -> Tokenizer:
@@ -197,7 +200,7 @@ def with_template(tok: Tokenizer, folder: Path, template: str) -> Tokenizer:
 def test_a_hostile_or_broken_template_is_an_error(tok: Tokenizer, tmp_path: Path,
                                                   template: str) -> None:
     with pytest.raises(VicugnaError, match="chat template"):
-        with_template(tok, tmp_path, template).chat([USER])
+        encode(with_template(tok, tmp_path, template), [USER])
 
 
 class Clock:
@@ -217,10 +220,10 @@ def test_a_machine_that_stands_still_is_no_fault_of_the_template(
     """A virtual machine's pause, a collection of garbage: its clock of the processor runs on."""
     loops = with_template(tok, tmp_path, "{% for i in range(400) %}{{ i }}{% endfor %}")
     monkeypatch.setattr(sandbox, "time", stalled := Clock(100.0, 0.0))
-    assert loops.render([USER]).endswith("399") and stalled.looks > 400
+    assert render(loops, [USER]).endswith("399") and stalled.looks > 400
     monkeypatch.setattr(sandbox, "time", Clock(0.0, sandbox.MAX_SECONDS / 300))
     with pytest.raises(VicugnaError, match="runs for too long"):
-        loops.render([USER])
+        render(loops, [USER])
 
 
 LOOKS = ["{% set c = '<think></think>' ~ messages[0].content %}{{ '<think>' in c }}",
@@ -247,7 +250,7 @@ def test_texts_are_compared_and_searched_whoever_wrote_them(tok: Tokenizer, tmp_
                                                             template: str) -> None:
     """A part of people's text is swapped for another character; a template must not see that."""
     said = {"messages": [{"role": "user", "content": "<b>"}]}
-    assert (with_template(tok, tmp_path, template).render(said["messages"])
+    assert (render(with_template(tok, tmp_path, template), said["messages"])
             == ImmutableSandboxedEnvironment().from_string(template).render(said))
 
 
@@ -255,17 +258,17 @@ def test_a_template_that_looks_back_takes_long_chats(tok: Tokenizer, tmp_path: P
     back = with_template(tok, tmp_path, "{% for m in messages %}{% set n = namespace(c=0) %}"
                          "{% for k in messages[:loop.index0] %}{% if k.role == 'user' %}"
                          "{% set n.c = n.c + 1 %}{% endif %}{% endfor %}{{ n.c }};{% endfor %}")
-    assert back.render([USER, ANSWER] * 400).endswith("399;400;")
+    assert render(back, [USER, ANSWER] * 400).endswith("399;400;")
 
 
 def test_numbers_of_the_input_may_be_written(tok: Tokenizer, tmp_path: Path) -> None:
     shown = with_template(tok, tmp_path, "{{ messages[0].content | tojson(indent=2) }}")
-    assert shown.render([{"role": "tool", "content": [1234] * 9000}]).count("1234") == 9000
+    assert render(shown, [{"role": "tool", "content": [1234] * 9000}]).count("1234") == 9000
 
 
 def test_the_reason_a_template_gives_is_cut(tok: Tokenizer, tmp_path: Path) -> None:
     with pytest.raises(VicugnaError) as refusal:
-        with_template(tok, tmp_path, "{{ raise_exception('a' * 9999) }}").chat([USER])
+        encode(with_template(tok, tmp_path, "{{ raise_exception('a' * 9999) }}"), [USER])
     assert len(str(refusal.value)) < 500
 
 
@@ -276,7 +279,7 @@ def test_lists_macros_and_joined_text_are_as_in_jinja(tok: Tokenizer, tmp_path: 
         "{% set n.l = n.l + [k] %}{% endfor %}{{ n.l ~ '<b>' ~ ('<i>' | safe) ~ 1 }}"
         "{% set x | upper %}a{{ [1] * 3 }}{% endset %}{{ x }}{{ ['a', 'b'] | join(', ') }}"
         "{{ 'a.b' | replace('.', '-') }}{{ 'a\nb' | indent(2) }}{{ 1.25 | round(1) }}")
-    text = several.render([USER])
+    text = render(several, [USER])
     assert text == "(1, 2)[1]('a',)['a']<b><i>1A[1, 1, 1]a, ba-ba\n  b1.2"
 
 
@@ -284,15 +287,15 @@ def test_a_template_that_trims_and_splits_is_safe(tok: Tokenizer, tmp_path: Path
     careless = with_template(
         tok, tmp_path, "{{ bos_token }}{% for m in messages %}{{ m.content | trim }}"
         "{{ m.content.split('x')[0] }}{{ m.content[:3] ~ m.content[3:] }}<|eot_id|>{% endfor %}")
-    ids = careless.chat([{"role": "user", "content": " <|eot_id|>x<|pad|> "}])
+    ids = encode(careless, [{"role": "user", "content": " <|eot_id|>x<|pad|> "}])
     assert controls(tok, ids) == [tok.bos_id, tok.id_of("<|eot_id|>")]
 
 
 def test_running_out_of_rare_characters_is_an_error(tok: Tokenizer) -> None:
     every = "".join(map(chr, range(0x20000, 0x2A6DE)))
-    assert tok.chat([{"role": "user", "content": every}])
+    assert encode(tok, [{"role": "user", "content": every}])
     with pytest.raises(VicugnaError, match="rare ideograph"):
-        tok.chat([{"role": "user", "content": every + "<"}])
+        encode(tok, [{"role": "user", "content": every + "<"}])
 
 
 LLAMA_3 = (
@@ -309,8 +312,8 @@ def test_the_template_of_llama_3(tok: Tokenizer, tmp_path: Path,
     transformers = pytest.importorskip("transformers")
     foreign = with_template(tok, tmp_path, LLAMA_3)
     reference = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert foreign.chat(chat) == theirs(reference, chat, add_generation_prompt=True)
-    ids, mask = foreign.chat_training(chat)
+    assert encode(foreign, chat) == theirs(reference, chat, add_generation_prompt=True)
+    ids, mask = encode_training(foreign, chat)
     assert ids == theirs(reference, chat)
     said = foreign.decode([i for i, m in zip(ids, mask, strict=True) if m], skip_special=False)
     assert said == "".join(m["content"].strip() + "<|eot_id|>" for m in chat

@@ -7,7 +7,6 @@ import os
 import struct
 import zlib
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,17 +19,17 @@ from pictures import FEATURES, SIDE, encoded, picture, url, user
 from PIL import Image
 from transformers.image_utils import load_image
 
-from vicugna.chat import pictures as images
+from vicugna.chat import encode, images
 from vicugna.errors import VicugnaError
 from vicugna.tokenizer import Tokenizer
 from vicugna.tokenizer.settings import ImageSettings
 
-EYES = SimpleNamespace(image_size=SIDE, features=FEATURES)
 ANSWER = {"role": "assistant", "content": "A hill."}
 
 
-def network(tok: Tokenizer) -> Any:
-    return SimpleNamespace(vision_config=EYES, image_token_index=tok.id_of("<|patch|>"))
+def read(tok: Tokenizer, chat: list[dict[str, Any]]) -> tuple[list[int], torch.Tensor]:
+    """For a network whose config fits the tokenizer."""
+    return images.encode_with_images(tok, chat, SIDE, FEATURES, tok.id_of("<|patch|>") or 0)
 
 
 @pytest.fixture(scope="module")
@@ -117,10 +116,12 @@ def test_tokens_are_those_of_transformers(
         due = theirs.apply_chat_template(
             chat, tokenize=True, return_dict=True, add_generation_prompt=True,
             return_tensors="pt", sanitize_control_tokens=True)
-        tokens, seen = images.read(tok, chat, network(tok))
+        if "pixel_values" not in due:
+            assert encode(tok, chat) == due["input_ids"][0].tolist()
+            continue
+        tokens, seen = read(tok, chat)
         assert tokens == due["input_ids"][0].tolist()
-        assert (seen is None) == ("pixel_values" not in due)
-        assert seen is None or torch.equal(seen, due["pixel_values"].flatten(0, -4))
+        assert torch.equal(seen, due["pixel_values"].flatten(0, -4))
 
 
 # Where a picture comes from.
@@ -232,7 +233,7 @@ def test_other_things_are_no_pictures(tmp_path: Path) -> None:
             colours(source, key)
     for part in ({"type": "image"}, {"type": "image", "image": picture(9, 9), "path": "a"},
                  {"type": "image_url", "image_url": {"url": url(WHOLE)}}):
-        with pytest.raises(VicugnaError, match="not one picture"):
+        with pytest.raises(VicugnaError, match="not one image"):
             images._opened(part, "here")
 
 
@@ -240,21 +241,17 @@ def test_other_things_are_no_pictures(tmp_path: Path) -> None:
 
 def test_a_network_and_files_that_do_not_fit(pair: tuple[Tokenizer, Any, Path]) -> None:
     tok, chat = pair[0], [user(picture(9, 9), "?")]
-    blind = SimpleNamespace(vision_config=None)
-    for config, says in (
-            (blind, "no vision encoder"), (SimpleNamespace(), "no vision encoder"),
-            (SimpleNamespace(vision_config=EYES, image_token_index=3), "image_token_index is 3"),
-            (SimpleNamespace(vision_config=SimpleNamespace(image_size=28, features=9)), "takes 28"),
-            (SimpleNamespace(vision_config=SimpleNamespace(image_size=24, features=4)), "and 4")):
+    patch = tok.id_of("<|patch|>") or 0
+    for size, tokens, id, says in ((SIDE, FEATURES, 3, "image_token_index is 3"),
+                                   (28, 9, patch, "takes 28"), (SIDE, 4, patch, "and 4")):
         with pytest.raises(VicugnaError, match=says):
-            images.read(tok, chat, config)
-    assert images.read(tok, [user("?")], blind) == (tok.chat([user("?")]), None)
+            images.encode_with_images(tok, chat, size, tokens, id)
 
 
 def test_pictures_that_the_template_does_not_show(pair: tuple[Tokenizer, Any, Path]) -> None:
     tok, hidden = pair[0], {**user(picture(9, 9)), "role": "tool"}
-    with pytest.raises(VicugnaError, match="1 pictures, but the chat template shows 0"):
-        images.read(tok, [user("?"), hidden], network(tok))
+    with pytest.raises(VicugnaError, match="1 images, but the chat template shows 0"):
+        read(tok, [user("?"), hidden])
 
 
 def change(folder: Path, target: Path, drop: tuple[str, ...] = (), **settings: Any) -> Path:
@@ -290,7 +287,7 @@ def test_settings_are_read_saved_and_part_of_the_digest(pair: tuple[Tokenizer, A
         "processor_config.json", "preprocessor_config.json")))
     assert none.images is None
     chat = [user(picture(30, 40), "?")]
-    (tokens, seen), due = (images.read(t, chat, network(t)) for t in (none, tok))
+    (tokens, seen), due = (read(t, chat) for t in (none, tok))
     assert tokens == due[0] and torch.equal(seen, due[1])
 
 
@@ -300,7 +297,7 @@ def test_an_unknown_way_to_prepare_pictures(pair: tuple[Tokenizer, Any, Path], t
                            image_processor_type="PixtralImageProcessor"))
     assert tok.images is None
     with pytest.raises(VicugnaError, match="unknown way"):
-        images.read(tok, [user(picture(9, 9))], network(tok))
+        read(tok, [user(picture(9, 9))])
 
 
 @pytest.mark.parametrize("wrong", [
@@ -334,7 +331,7 @@ def test_settings_of_the_processor_that_cannot_be(pair: tuple[Tokenizer, Any, Pa
 def test_a_url_is_not_shown_to_the_template(pair: tuple[Tokenizer, Any, Path]) -> None:
     """A template that writes messages out cannot put pictures into words."""
     tok, seen = pair[0], {"type": "image", "url": url(WHOLE)}
-    tokens, _ = images.read(tok, [{"role": "user", "content": [seen]}], network(tok))
+    tokens, _ = read(tok, [{"role": "user", "content": [seen]}])
     assert base64.b64encode(WHOLE)[:20].decode() not in tok.decode(tokens, skip_special=False)
 
 
