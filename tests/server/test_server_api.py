@@ -208,10 +208,10 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     counts = {"begun": 0, "steps": 0, "ended": 0}
     original = engine.stream
 
-    def stream(*arguments: Any) -> Any:
+    def stream(*arguments: Any, **named: Any) -> Any:
         counts["begun"] += 1
         try:
-            for delta in original(*arguments):
+            for delta in original(*arguments, **named):
                 counts["steps"] += 1
                 yield delta
         finally:
