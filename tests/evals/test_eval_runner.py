@@ -20,7 +20,6 @@ from vicugna.evals.runner import LocalModel, Reply, run
 from vicugna.files import digest_of
 from vicugna.tasks import Difficulty, Item, split_seed
 
-
 TOKENIZER = tokenizer.train(["right wrong truncated no reply bad score half nan " * 9], 300)
 
 
@@ -71,7 +70,7 @@ ECHO = {"echo": Echo()}
 
 def plan_of(n: int) -> list[evals.PlannedItem]:
     return sort_plan(plan_item("g", Echo().item(seed, Difficulty()), 8, TOKENIZER)
-                    for seed in range(n))
+                     for seed in range(n))
 
 
 def go(folder: Path, n: int = 40, dies: int = -1, **more: Any) -> evals.Results:
