@@ -9,7 +9,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny networks are faster so
 
 import pytest
-from lives import Ended, live_of
+from runs import Ended, run_to_its_end
 
 # A shell's background jobs ignore Ctrl-C, and so would every process that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -39,8 +39,8 @@ def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> I
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a small life, lived undisturbed by the command line; not to be changed."""
+    """The folder of a small run, made undisturbed by the command line; not to be changed."""
     folder = tmp_path_factory.mktemp("work") / "runs" / "tiny"
-    ended = live_of(folder)
+    ended = run_to_its_end(folder)
     assert ended.code == 0, ended.err
     return folder

@@ -1,4 +1,4 @@
-"""A run's life: killed, interrupted and failing anywhere, it goes on and ends in the same bytes."""
+"""Runs: killed, interrupted and failing anywhere, they go on and end in the same bytes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from lives import RECIPE, arguments, live_of, made_by, start
+from runs import RECIPE, arguments, made_by, run_to_its_end, start
 
 import vicugna
 from vicugna import run
@@ -45,7 +45,7 @@ def test_killed_anywhere_it_ends_in_the_same_bytes(tiny: Path, tmp_path: Path) -
         time.sleep(random.uniform(0, 10 / KILLS))
         process.kill()
         process.communicate()
-    ended = live_of(folder)
+    ended = run_to_its_end(folder)
     assert ended.code == 0, ended.err
     assert made_by(folder) == made_by(tiny)
     assert not list(folder.rglob("*.old*")) and not list(folder.rglob("*.tmp"))
@@ -69,23 +69,28 @@ def test_interrupted_it_says_so(tmp_path: Path) -> None:
         assert {a.outcome for a in attempts} <= {"done", "interrupted"}
 
 
-class Life:
-    """A life of four steps without any file or process, to stop and to change."""
+class Small:
+    """A run of four steps without any other process, to stop and to change."""
 
-    def __init__(self, folder: Path, **changes: Any) -> None:
+    def __init__(self, folder: Path, *more: dict[str, Any]) -> None:
         (folder / "text.txt").write_text("The old teacher bought 12 pillows. " * 200)
         self.folder = folder / "runs" / "r"
         source = {"source": str(folder / "text.txt")}
         self.values: dict[str, Any] = {
             "model": {"depth": 1, "width": 16, "heads": 2, "context": 256, "window": 8},
             "data": {"sources": [source]},
-            "tokenizer": {"vocab_size": 300, "bytes_per_source": 5000},
-            "pretrain": {"steps": 4, "rows": 2, "sequence_length": 32, "precision": "fp32",
-                         "sources": [source], "checkpoint_every": 1, "validation_rows": 0},
-            **changes}
+            "stages": [
+                {"kind": "tokenizer", "vocab_size": 300, "bytes_per_source": 5000},
+                {"kind": "pretrain", "steps": 4, "rows": 2, "sequence_length": 32,
+                 "precision": "fp32", "sources": [source], "checkpoint_every": 1,
+                 "validation_rows": 0}, *more]}
 
     def __call__(self, only: str | None = None) -> run.Run:
-        return run.live(Recipe.model_validate(self.values), self.folder, Ranks(), only)
+        return run.run_recipe(Recipe.model_validate(self.values), self.folder, Ranks(), only)
+
+    @property
+    def stages(self) -> list[dict[str, Any]]:
+        return self.values["stages"]
 
     @property
     def ledger(self) -> Ledger:
@@ -93,20 +98,24 @@ class Life:
 
 
 @pytest.fixture
-def life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Life:
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Small:
     monkeypatch.setattr(cost, "matmul_rate", lambda dtype, device: 1e9)
     monkeypatch.setattr(run, "write_report", lambda folder, ledger: None)
-    return Life(tmp_path)
+    return Small(tmp_path)
 
 
-EVAL = {"groups": [{"group": "g", "task": "reasoning.steps", "n": 3, "max_new_tokens": 3}]}
+EVAL = {"kind": "eval",
+        "groups": [{"group": "g", "task": "reasoning.steps", "n": 3, "max_new_tokens": 3}]}
+SFT = {"kind": "sft", "steps": 2, "rows": 2, "sequence_length": 128, "precision": "fp32",
+       "sources": ["task:reasoning.steps"], "checkpoint_every": 1, "validation_rows": 0}
+RELEASE = {"kind": "release"}
 
 
-def test_every_storage_call_may_be_the_last(life: Life, monkeypatch: pytest.MonkeyPatch,
+def test_every_storage_call_may_be_the_last(small: Small, monkeypatch: pytest.MonkeyPatch,
                                             tmp_path: Path) -> None:
     """The process dies at the first, then at the second, ... call that changes the disk."""
-    life.values["eval"] = EVAL
-    calm = Life(tmp_path, eval=EVAL)
+    small.stages.append(EVAL)
+    calm = Small(tmp_path, EVAL)
     calm.folder = tmp_path / "calm" / "r"
     calm()
     real = {name: getattr(os, name) for name in ("replace", "fsync", "rename", "truncate")}
@@ -127,77 +136,77 @@ def test_every_storage_call_may_be_the_last(life: Life, monkeypatch: pytest.Monk
         for tried in range(0, 1000, 5):
             left = tried
             try:
-                life()
+                small()
                 break
             except SystemExit:
                 deaths += 1
     assert deaths > 5
     for stage in ("01-tokenizer", "02-pretrain"):
         for path in (calm.folder / stage / "checkpoint").iterdir():
-            assert path.read_bytes() == (life.folder / stage / "checkpoint" / path.name
+            assert path.read_bytes() == (small.folder / stage / "checkpoint" / path.name
                                          ).read_bytes()
-    name = "05-eval/pretrain/results.json"
-    assert (calm.folder / name).read_bytes() == (life.folder / name).read_bytes()
+    name = "03-eval/pretrain/results.json"
+    assert (calm.folder / name).read_bytes() == (small.folder / name).read_bytes()
 
 
-def test_what_is_done_is_not_done_again(life: Life, monkeypatch: pytest.MonkeyPatch) -> None:
-    life()
-    before = read_json(life.folder / "02-pretrain" / "stage.json")
+def test_what_is_done_is_not_done_again(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    small()
+    before = read_json(small.folder / "02-pretrain" / "stage.json")
     monkeypatch.setattr(supervised, "from_data", None)  # would raise
-    life()
-    assert read_json(life.folder / "02-pretrain" / "stage.json") == before
-    assert len(life.ledger.attempts()) == 2
+    small()
+    assert read_json(small.folder / "02-pretrain" / "stage.json") == before
+    assert len(small.ledger.attempts()) == 2
 
 
-def test_an_edited_recipe_redoes_what_it_changes(life: Life) -> None:
-    life()
-    life.values["pretrain"]["steps"] = 5
-    life()
-    assert (life.folder / "02-pretrain.old-1" / "stage.json").exists()
-    assert not (life.folder / "01-tokenizer.old-1").exists()
-    text = Path(life.values["data"]["sources"][0]["source"])
+def test_an_edited_recipe_redoes_what_it_changes(small: Small) -> None:
+    small()
+    small.stages[1]["steps"] = 5
+    small()
+    assert (small.folder / "02-pretrain.old-1" / "stage.json").exists()
+    assert not (small.folder / "01-tokenizer.old-1").exists()
+    text = Path(small.values["data"]["sources"][0]["source"])
     text.write_text(text.read_text() + "Snow fell. " * 50)  # data is an input, too
-    life()
-    assert (life.folder / "01-tokenizer.old-1").exists()
-    assert (life.folder / "02-pretrain.old-2").exists()
+    small()
+    assert (small.folder / "01-tokenizer.old-1").exists()
+    assert (small.folder / "02-pretrain.old-2").exists()
 
 
-def test_the_stored_recipe_lives_the_same_life(life: Life, tmp_path: Path) -> None:
-    first = life()
-    recipe = read(life.folder / "recipe.yaml")
+def test_the_stored_recipe_makes_the_same_run(small: Small, tmp_path: Path) -> None:
+    first = small()
+    recipe = read(small.folder / "recipe.yaml")
     assert recipe.digest == first.recipe.digest
-    again = run.live(recipe, tmp_path / "again" / "r", Ranks())
-    assert again.done("pretrain")["output"] == first.done("pretrain")["output"]  # type: ignore[index]
+    again = run.run_recipe(recipe, tmp_path / "again" / "r", Ranks())
+    assert again.record("pretrain")["output"] == first.record("pretrain")["output"]  # type: ignore[index]
 
 
-def test_a_changed_checkpoint_is_noticed(life: Life) -> None:
-    life()
-    path = life.folder / "02-pretrain" / "checkpoint" / "model.safetensors"
+def test_a_changed_checkpoint_is_noticed(small: Small) -> None:
+    small()
+    path = small.folder / "02-pretrain" / "checkpoint" / "model.safetensors"
     changed = bytearray(path.read_bytes())
     changed[-1] ^= 1
     path.write_bytes(changed)
-    life.values["eval"] = EVAL
+    small.stages.append(EVAL)
     with pytest.raises(VicugnaError, match="not the one this stage made"):
-        life()
+        small()
 
 
-def test_another_process_in_the_folder(life: Life) -> None:
-    with owned(life.folder), pytest.raises(VicugnaError, match="another process is using"):
-        life()
+def test_another_process_in_the_folder(small: Small) -> None:
+    with owned(small.folder), pytest.raises(VicugnaError, match="another process is using"):
+        small()
 
 
 @pytest.mark.parametrize("text", ['{"format": 0}', "[]", "{"])
-def test_an_older_run(text: str, life: Life) -> None:
-    life.folder.mkdir(parents=True)
-    (life.folder / "run.json").write_text(text)
+def test_an_older_run(text: str, small: Small) -> None:
+    small.folder.mkdir(parents=True)
+    (small.folder / "run.json").write_text(text)
     with pytest.raises(VicugnaError, match=r"another folder|Correct the file"):
-        life()
-    assert sorted(p.name for p in life.folder.iterdir()) == [".lock", "run.json"]
+        small()
+    assert sorted(p.name for p in small.folder.iterdir()) == [".lock", "run.json"]
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
 @pytest.mark.parametrize("when", [0, 2, 9, 14, 20])
-def test_a_disk_that_fails(code: int, when: int, life: Life, monkeypatch: pytest.MonkeyPatch
+def test_a_disk_that_fails(code: int, when: int, small: Small, monkeypatch: pytest.MonkeyPatch
                            ) -> None:
     """Full, or read-only: said in one line, nothing half-written, and the run goes on later."""
     left, real = when, os.fsync
@@ -212,15 +221,15 @@ def test_a_disk_that_fails(code: int, when: int, life: Life, monkeypatch: pytest
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fsync)
         with pytest.raises(VicugnaError, match=r"disk is full|no permission") as error:
-            life()
-        assert str(life.folder) in error.value.where
-    assert not [p for p in life.folder.rglob("*") if p.name.endswith((".tmp", ".old"))]
-    done = life()
-    assert done.done("pretrain")
-    assert {a.outcome for a in life.ledger.attempts()} <= {"done", "failed"}
+            small()
+        assert str(small.folder) in error.value.where
+    assert not [p for p in small.folder.rglob("*") if p.name.endswith((".tmp", ".old"))]
+    done = small()
+    assert done.record("pretrain")
+    assert {a.outcome for a in small.ledger.attempts()} <= {"done", "failed"}
 
 
-def test_a_state_that_cannot_be_written(life: Life, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_state_that_cannot_be_written(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     """The disk fills up inside PyTorch's writer, which wraps errors in its own."""
     import torch.distributed.checkpoint.filesystem as filesystem
 
@@ -229,29 +238,29 @@ def test_a_state_that_cannot_be_written(life: Life, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(filesystem, "_write_item", full)
     with pytest.raises(VicugnaError, match="the disk is full"):
-        life()
+        small()
 
 
-def test_memory_that_runs_out(life: Life, monkeypatch: pytest.MonkeyPatch) -> None:
-    life.values["pretrain"]["rows"] = 100_000_000
+def test_memory_that_runs_out(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    small.stages[1]["rows"] = 100_000_000
     with pytest.raises(VicugnaError, match=r"micro_rows to \d+, which fits"):
-        life()
-    life.values["pretrain"]["rows"] = 2
-    life.values["model"] = {"depth": 500}
+        small()
+    small.stages[1]["rows"] = 2
+    small.values["model"] = {"depth": 500}
     with pytest.raises(VicugnaError, match=r"million parameters.*Lower model.depth"):
-        life()
+        small()
 
     def greedy(*arguments: Any, **how: Any) -> None:
         torch.empty(1 << 60)
 
     monkeypatch.setattr(supervised, "from_data", greedy)
-    life.values["model"] = {"depth": 1, "width": 16, "heads": 2, "context": 256}
+    small.values["model"] = {"depth": 1, "width": 16, "heads": 2, "context": 256}
     with pytest.raises(VicugnaError, match="memory ran out"):
-        life()
-    assert life.ledger.attempts()[-1].outcome == "failed"
+        small()
+    assert small.ledger.attempts()[-1].outcome == "failed"
 
 
-def test_own_chats_tune_a_llama_made_by_transformers(life: Life, tmp_path: Path) -> None:
+def test_own_chats_tune_a_llama_made_by_transformers(small: Small, tmp_path: Path) -> None:
     """A recipe with sft and eval only, from a Hugging Face folder, on the user's own lines."""
     transformers = pytest.importorskip("transformers")
     from vicugna import tokenizer
@@ -266,77 +275,77 @@ def test_own_chats_tune_a_llama_made_by_transformers(life: Life, tmp_path: Path)
                            {"role": "assistant", "content": str(n)}]} for n in range(60)]
     (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
     mine = [{"source": str(tmp_path / "mine.jsonl")}]
-    sft = {**life.values.pop("pretrain"), "sources": mine, "sequence_length": 64}
-    del life.values["data"]  # the checkpoint has a tokenizer, and no stage names the corpus
-    life.values |= {"model": {"start": str(tmp_path / "llama")}, "sft": sft, "eval": EVAL}
-    done = life()
-    tuned = vicugna.load(done.place("sft") / "checkpoint")
+    sft = {**small.stages[1], "kind": "sft", "sources": mine, "sequence_length": 64}
+    del small.values["data"]  # the checkpoint has a tokenizer, and no stage names the corpus
+    small.values |= {"model": {"start": str(tmp_path / "llama")}, "stages": [sft, EVAL]}
+    done = small()
+    tuned = vicugna.load(done.path("sft") / "checkpoint")
     assert tuned.config.to_dict()["model_type"] == "llama"
     assert tuned.tokenizer and tuned.tokenizer.digest == words.digest
     started = vicugna.load(tmp_path / "llama")
     assert tuned.digest != started.digest
-    assert started.digest in life.ledger.attempts()[1].parents
-    hers = transformers.AutoModelForCausalLM.from_pretrained(done.place("sft") / "checkpoint")
+    assert started.digest in small.ledger.attempts()[0].parents
+    hers = transformers.AutoModelForCausalLM.from_pretrained(done.path("sft") / "checkpoint")
     tokens = torch.tensor([[5, 6, 7]])
     torch.testing.assert_close(hers(tokens).logits, tuned.logits(tokens), atol=1e-5, rtol=1e-5)
-    assert "05-eval" in {p.name for p in life.folder.iterdir()}
+    assert "02-eval" in {p.name for p in small.folder.iterdir()}
 
 
-def test_own_texts_raise_a_model(life: Life, tmp_path: Path) -> None:
+def test_a_model_trained_on_own_texts(small: Small, tmp_path: Path) -> None:
     text = inspect.getsource(inspect)
     lines = [json.dumps({"text": text[n:n + 400]}) for n in range(0, 40_000, 400)]
     (tmp_path / "mine.jsonl").write_text("\n".join(lines))
     mine = [{"source": str(tmp_path / "mine.jsonl")}]
-    life.values["data"]["sources"] = mine
-    life.values["pretrain"] |= {"sources": mine, "validation_rows": 2}
-    life()
-    rows = (life.folder / "02-pretrain" / "metrics.jsonl").read_text().splitlines()
+    small.values["data"]["sources"] = mine
+    small.stages[1] |= {"sources": mine, "validation_rows": 2}
+    small()
+    rows = (small.folder / "02-pretrain" / "metrics.jsonl").read_text().splitlines()
     assert "validation_loss" in json.loads(rows[-1])
 
 
-def test_a_mixture_goes_through_its_stages(life: Life) -> None:
+def test_a_mixture_goes_through_its_stages(small: Small) -> None:
     """Its routing biases are trained, saved, and trained on after loading."""
-    life.values["model"] |= {"experts": 4}
-    life.values["sft"] = {**life.values["pretrain"], "sources": ["task:reasoning.steps"],
-                          "sequence_length": 128}
-    done = life()
-    biases = [vicugna.load(done.place(stage) / "checkpoint").network.state_dict()[
+    small.values["model"] |= {"experts": 4}
+    small.stages.append(SFT)
+    done = small()
+    biases = [vicugna.load(done.path(stage) / "checkpoint").network.state_dict()[
         "model.layers.0.mlp.expert_bias"] for stage in ("pretrain", "sft")]
     assert biases[0].any() and not torch.equal(*biases)
 
 
-@pytest.mark.parametrize(("changes", "said"), [
-    ({"eval": {"groups": [{"group": "g", "task": "reasoning.stepz", "n": 3}]}}, "reasoning.steps"),
-    ({"eval": {"groups": [{"group": "g", "task": "reasoning.steps", "number": 3}]}}, "number"),
-    ({"sft": {"steps": 1, "sequence_length": 32, "sources": ["gone.jsonl"]}}, "gone.jsonl"),
-    ({"sft": {"steps": 1, "sequence_length": 512, "sources": ["stdlib"]}}, "the context holds 256"),
-    ({"rl": {"steps": 1, "tasks": ["stdlib"]}}, "gives no rewards"),
+@pytest.mark.parametrize(("stage", "said"), [
+    ({**EVAL, "groups": [{"group": "g", "task": "reasoning.stepz", "n": 3}]}, "reasoning.steps"),
+    ({**EVAL, "groups": [{"group": "g", "task": "reasoning.steps", "number": 3}]}, "number"),
+    ({**SFT, "sources": ["gone.jsonl"]}, "gone.jsonl"),
+    ({**SFT, "sequence_length": 512, "sources": ["stdlib"]}, "the context holds 256"),
+    ({"kind": "rl", "steps": 1, "tasks": ["stdlib"]}, "gives no rewards"),
 ])
-def test_what_later_stages_need_is_checked_first(changes: dict[str, Any], said: str, life: Life
+def test_what_later_stages_need_is_checked_first(stage: dict[str, Any], said: str, small: Small
                                                  ) -> None:
-    life.values |= changes
+    small.stages.append(stage)
     with pytest.raises(VicugnaError, match=said):
-        life()
-    assert not life.folder.exists()
+        small()
+    assert not small.folder.exists()
 
 
-@pytest.mark.parametrize(("start", "sources", "said"), [
-    (None, ["stdlib"], "but without model.start the tokenizer learns from it"),
-    ("llama", ["stdlib", "corpus"], "but pretrain.sources has `corpus`"),
-    (None, ["corpus"], "but pretrain.sources has `corpus`"),
-])
+@pytest.mark.parametrize(("stage", "sources"), [
+    ("tokenizer", ["stdlib"]), ("tokenizer", ["corpus"]), ("pretrain", ["stdlib", "corpus"])])
 @pytest.mark.parametrize("data", [None, {}, {"sources": []}])
-def test_a_corpus_that_is_missing_is_named(data: Any, start: Any, sources: list[str], said: str,
-                                           life: Life, tmp_path: Path) -> None:
-    life.values["model"]["start"] = start
-    life.values["pretrain"]["sources"] = sources
-    del life.values["data"]
+def test_a_corpus_that_is_missing_is_named(data: Any, stage: str, sources: list[str], small: Small,
+                                           tmp_path: Path) -> None:
+    if stage == "pretrain":
+        small.values["model"] = {"start": "llama"}
+        del small.stages[0]
+    small.stages[-1]["sources"] = sources
+    del small.values["data"]
     if data is not None:
-        life.values["data"] = data
-    (tmp_path / "recipe.yaml").write_text(json.dumps(life.values))
+        small.values["data"] = data
+    (tmp_path / "recipe.yaml").write_text(json.dumps(small.values))
     with pytest.raises(VicugnaError) as caught:
         read(tmp_path / "recipe.yaml")
-    assert caught.value.what == f"data.sources is missing or empty, {said}"
+    assert caught.value.what == ("data.sources is missing or empty, but this stage learns from "
+                                 "`corpus`")
+    assert caught.value.where == f"stages.{stage}.sources"
 
 
 def test_recipes_of_the_repository_are_sound() -> None:

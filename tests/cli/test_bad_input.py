@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import os
@@ -14,20 +15,20 @@ from typing import Any
 
 import pytest
 import yaml
-from lives import RECIPE
+from runs import RECIPE
 
-BASE = {"model": {"depth": 1, "width": 16, "heads": 2, "context": 256},
-        "tokenizer": {"vocab_size": 300, "bytes_per_source": 20000},
-        "pretrain": {"steps": 1, "rows": 1, "sequence_length": 64, "precision": "fp32",
-                     "validation_rows": 0}}
+BASE: dict[str, Any] = {"model": {"depth": 1, "width": 16, "heads": 2, "context": 256},
+        "stages": [{"kind": "tokenizer", "vocab_size": 300, "bytes_per_source": 20000},
+                   {"kind": "pretrain", "steps": 1, "rows": 1, "sequence_length": 64,
+                    "precision": "fp32", "validation_rows": 0}]}
 
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Any:
     """Write a recipe over one source, with dotted settings; gives the arguments that run it."""
     def write(source: object, *settings: str) -> list[str]:
-        values = {**BASE, "data": {"sources": [source]},
-                  "pretrain": {**BASE["pretrain"], "sources": [source]}}
+        values = copy.deepcopy(BASE) | {"data": {"sources": [source]}}
+        values["stages"][1]["sources"] = [source]
         (tmp_path / "r.yaml").write_text(yaml.safe_dump(values))
         chosen = [part for setting in settings for part in ("--set", setting)]
         return ["run", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "runs" / "r"), *chosen]
@@ -35,24 +36,24 @@ def recipe(tmp_path: Path) -> Any:
 
 
 @pytest.mark.parametrize(("setting", "said"), [
-    ("pretrain.stepz=5", ["pretrain.stepz", "Did you mean 'steps'?"]),
+    ("stages.pretrain.stepz=5", ["stages.pretrain.stepz", "Did you mean 'steps'?"]),
     ("modle.depth=5", ["modle", "Did you mean 'model'?"]),
-    ("pretrain.optimiser.learning_rat=1", ["learning_rat", "Did you mean 'learning_rate'?"]),
-    ("pretrain.sources=[{source: stdlib, wieght: 2}]", ["wieght", "Did you mean 'weight'?"]),
-    ("pretrain.steps=many", ["pretrain.steps", "integer"]),
-    ("pretrain.steps=0", ["pretrain.steps", "greater than or equal to 1"]),
-    ("pretrain.precision=fp8", ["pretrain.precision", "bf16"]),
+    ("stages.pretrain.optimiser.learning_rat=1", ["learning_rat", "Did you mean 'learning_rate'?"]),
+    ("stages.pretrain.sources=[{source: stdlib, wieght: 2}]", ["wieght", "Did you mean 'weight'?"]),
+    ("stages.pretrain.steps=many", ["stages.pretrain.steps", "integer"]),
+    ("stages.pretrain.steps=0", ["stages.pretrain.steps", "greater than or equal to 1"]),
+    ("stages.pretrain.precision=fp8", ["stages.pretrain.precision", "bf16"]),
     ("model.width=[3]", ["model.width", "integer"]),
     ("model=3", ["model", "ModelSpec"]),
-    ("pretrain.steps.more=5", ["steps in pretrain.steps.more has no keys below it"]),
-    ("pretrain.steps", ["not of the form key=value"]),
-    ("pretrain.steps=[", ["not valid YAML"]),
+    ("stages.pretrain.steps.more=5", ["steps in stages.pretrain.steps.more has no keys below it"]),
+    ("stages.pretrain.steps", ["not of the form key=value"]),
+    ("stages.pretrain.steps=[", ["not valid YAML"]),
     ("model.heads=3", ["width 16 is not divisible by heads 3"]),
     ("model.heads=16", ["head_dim 1 is odd"]),
     ("model.kv_heads=3", ["not a multiple of num_key_value_heads 3"]),
     ("model.experts=1", ["num_experts_per_tok"]),
-    ("pretrain.sequence_length=512", ["sequences of 512 tokens", "context holds 256"]),
-    ("pretrain.rows=100000000000", ["GiB", "micro_rows"]),
+    ("stages.pretrain.sequence_length=512", ["sequences of 512 tokens", "context holds 256"]),
+    ("stages.pretrain.rows=100000000000", ["GiB", "micro_rows"]),
     ("model.width=500000", ["model: a network of", "Lower model.depth or model.width"]),
     ("data.sources=[]", ["data.sources"]),
     ("data.sources=['task:reasoning.stepz']", ["reasoning.steps"]),
@@ -106,9 +107,9 @@ def test_data(name: str, content: bytes | None, said: list[str], recipe: Any, tm
 
 def test_a_corpus_shorter_than_a_sequence(recipe: Any, tmp_path: Path, cli: Any) -> None:
     (tmp_path / "a.txt").write_text("Snow fell on the old barn; 12 dogs slept in it. " * 8)
-    ended = cli(*recipe(str(tmp_path / "a.txt"), "tokenizer.vocab_size=300",
-                        "tokenizer.bytes_per_source=99999", "model.context=9000",
-                        "data.sources=[stdlib]", "pretrain.sequence_length=8000"))
+    ended = cli(*recipe(str(tmp_path / "a.txt"), "stages.tokenizer.vocab_size=300",
+                        "stages.tokenizer.bytes_per_source=99999", "model.context=9000",
+                        "data.sources=[stdlib]", "stages.pretrain.sequence_length=8000"))
     assert ended.code == 2 and "fewer than one sequence (8000 + 1)" in ended.err.splitlines()[-1]
 
 
@@ -161,7 +162,7 @@ def test_checkpoint(how: str, said: str, verb: str, model: Path, cli: Any) -> No
 
 def test_a_start_that_is_no_checkpoint(recipe: Any, model: Path, cli: Any) -> None:
     spoil(model, "truncated")
-    ended = cli(*recipe("stdlib", f"model.start={model}"))
+    ended = cli(*recipe("stdlib", f"model.start={model}", "stages.tokenizer=null"))
     assert ended.code == 2 and "model.safetensors" in ended.err.splitlines()[-1]
 
 

@@ -117,12 +117,14 @@ def test_a_config_a_folder_and_a_recipe(tmp_path: Path, cli: Any) -> None:
     assert of_folder["parameters"]["total"] == 2 * 50 * 16 + 2 * (4 * 256 + 3 * 16 * 24 + 32) + 16
     recipe = tmp_path / "r.yaml"
     recipe.write_text(yaml.safe_dump({
-        "name": "deep", "data": {"sources": ["stdlib"]}, "tokenizer": {"vocab_size": 300},
+        "name": "deep", "data": {"sources": ["stdlib"]},
+        "stages": [{"kind": "tokenizer", "vocab_size": 300}],
         "model": {"architecture": "llama", "depth": 3, "context": 64, "tied": False}}))
     planned = said(cli, recipe)
     assert (planned["model"], planned["layers"], planned["context"]) == ("deep", 3, 64)
-    recipe.write_text(yaml.safe_dump({"data": {"sources": ["stdlib"]},
-                                      "model": {"architecture": "llama", "start": str(folder)}}))
+    recipe.write_text(yaml.safe_dump({"model": {"architecture": "llama", "start": str(folder)},
+                                      "stages": [{"kind": "sft", "steps": 1,
+                                                  "sources": ["stdlib"]}]}))
     assert said(cli, recipe) == of_folder
 
 

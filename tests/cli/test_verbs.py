@@ -1,4 +1,4 @@
-"""Every verb's happy path on a small life, and how each of them ends."""
+"""Every verb's happy path on a small run, and how each of them ends."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lives import RECIPE, SMALLER, Ended, arguments, start
+from runs import RECIPE, SMALLER, Ended, arguments, start
 
 
 def one_object(ended: Ended) -> dict[str, Any]:
@@ -42,13 +42,13 @@ def test_run_ends_with_a_table_and_the_next_commands(tiny: Path, cli: Any) -> No
 def test_train_does_one_stage(tmp_path: Path, cli: Any) -> None:
     settings = [part for setting in SMALLER for part in ("--set", setting)]
     ended = cli("train", RECIPE, "--stage", "sft", "--out", tmp_path / "r", *settings)
-    assert ended.code == 2 and "stage tokenizer is not done" in ended.line
+    assert ended.code == 2 and "stage pretrain is not done" in ended.line
     for stage in ("tokenizer", "pretrain"):
         stages = one_object(cli("train", RECIPE, "--stage", stage, "--out", tmp_path / "r",
                                 *settings, "--json"))["stages"]
         assert stages[stage]["output"] and not stages["sft"]
     ended = cli("train", RECIPE, "--stage", "sfft", "--out", tmp_path / "r")
-    assert ended.code == 2 and "no stage 'sfft'" in ended.line
+    assert ended.code == 2 and "no stage 'sfft'" in ended.line and "'sft'?" in ended.line
 
 
 def test_eval_of_a_recipe(tiny: Path, tmp_path: Path, cli: Any) -> None:

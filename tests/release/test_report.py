@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from vicugna import evals, tokenizer
 from vicugna.engine import Sampling
@@ -71,8 +72,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("work") / "run"
     words = tokenizer.train(["The code of indigo barrel is 8715. Snow fell. Birds sang."] * 3, 300)
     ledger = Ledger(run / "ledger.sqlite")
-    (run / "recipe.yaml").write_text(f"name: kid\npretrain: {{sequence_length: 500}}\n"
-                                     f"sft: null\nrelease: {{name: '{LOUD}'}}\n")
+    (run / "recipe.yaml").write_text(yaml.safe_dump({"name": "kid", "stages": [
+        {"kind": kind, "name": kind, **({"title": LOUD} if kind == "release" else {}),
+         **({"sequence_length": 500} if kind == "pretrain" else {})} for kind in STAGES]}))
     for number, stage in enumerate(STAGES, start=1):
         folder = run / f"{number:02}-{stage}"
         cost = {"flops": number * 1.5e12, "device_seconds": 12.5, "tokens": 4321 * number,

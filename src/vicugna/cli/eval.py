@@ -14,7 +14,8 @@ def evaluate(
     model: output.ModelArgument,
     items: Annotated[Path | None, typer.Option(help="Your own questions (JSONL): prompt or "
                                                "messages, answers, context_file, task.")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="A recipe: ask its eval groups.")] = None,
+    recipe: Annotated[str | None, typer.Option(
+        help="A recipe (a file or a name): ask the groups of its last eval stage.")] = None,
     out: Annotated[Path | None, typer.Option(
         help="Results folder; default: WORKSPACE/evals/DIGEST.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="--items: tokens per reply.")] = 128,
@@ -28,12 +29,12 @@ def evaluate(
     """Score MODEL on a recipe's tasks (--recipe) or on your own items (--items)."""
     if (items is None) == (recipe is None):
         raise VicugnaError("give either --items or --recipe", "vicugna eval",
-                           "For example --recipe recipes/speedrun.yaml")
+                           "For example --recipe speedrun")
     import vicugna
     from vicugna import evals, files
     from vicugna.evals.evaluate import evaluate as run_evaluation
     from vicugna.ledger import Ledger
-    from vicugna.training.recipe import read
+    from vicugna.training.recipe import EvalSpec, read
 
     loaded = vicugna.load(model, dtype, device)
     if loaded.tokenizer is None:
@@ -41,16 +42,17 @@ def evaluate(
     own_tasks = None
     if items is not None:
         plan, task = evals.plan_items(items, loaded.tokenizer, max_new_tokens)
-        own_tasks = {task.name: task}
+        own_tasks, source = {task.name: task}, files.digest_file(items)
     elif recipe is not None:
-        spec = read(recipe).eval
-        if spec is None:
-            raise VicugnaError("the recipe has no eval section", str(recipe), "Add one")
-        plan, batch = evals.build_plan(spec.groups, loaded.tokenizer), spec.batch
+        asked = read(recipe)
+        stages = [stage for stage in asked.stages if isinstance(stage, EvalSpec)]
+        if not stages:
+            raise VicugnaError("the recipe has no eval stage", recipe, "Add one")
+        plan, batch = evals.build_plan(stages[-1].groups, loaded.tokenizer), stages[-1].batch
+        source = asked.digest
     folder = out or workspace / "evals" / f"{loaded.digest[:12]}-{evals.plan_digest(plan)[:12]}"
     results = run_evaluation(loaded, plan, batch, folder, Ledger(workspace / "ledger.sqlite"),
-                             files.digest_file(items or recipe or ""), os.path.abspath(folder),
-                             own_tasks)
+                             source, os.path.abspath(folder), own_tasks)
     if as_json:
         output.as_json({"folder": str(folder), **results.to_dict()})
     else:

@@ -208,7 +208,7 @@ def _of_recipe(path: Path) -> Subject:
     read = recipe.read(path)
     if read.model.start:
         return subject(read.model.start)
-    return Subject(read.name, str(path), read.model.config(read.tokenizer.vocab_size))
+    return Subject(read.name, str(path), read.config)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -16,17 +16,15 @@ def release(
     """Make the release of a finished RUN; refused (exit 1) when its evidence does not hold."""
     from vicugna.distributed import Ranks
     from vicugna.files import read_json
-    from vicugna.run import live
-    from vicugna.training.recipe import ReleaseSpec, read
+    from vicugna.run import run_recipe
+    from vicugna.training.recipe import read, with_release
 
     if not (run / "recipe.yaml").exists():
         raise VicugnaError("not a run's folder: it has no recipe.yaml", str(run),
                            "Give the folder that vicugna run made")
-    recipe = read(run / "recipe.yaml")
-    if recipe.release is None:
-        recipe = recipe.model_copy(update={"release": ReleaseSpec(name=recipe.name)})
-    done = live(recipe, run, Ranks(), "release", output.say)
-    folder = done.place("release") / "release"
+    recipe, stage = with_release(read(run / "recipe.yaml"))
+    done = run_recipe(recipe, run, Ranks(), stage, output.say)
+    folder = done.path(stage) / "release"
     manifest = read_json(folder / "manifest.json")
     if as_json:
         output.as_json({"release": str(folder), "release_digest": manifest["release_digest"],

@@ -15,16 +15,17 @@ from vicugna.training import cost
 
 
 def evaluate(model: Model, plan: list[PlannedItem], batch: int, folder: Path,
-             ledger: Ledger, recipe_digest: str, where: str, own_tasks: Any = None
-             ) -> Results:
-    """Run a planned evaluation into `folder`, entered in the ledger before its first token."""
+             ledger: Ledger, recipe_digest: str, where: str, own_tasks: Any = None,
+             purpose: str = "research") -> Results:
+    """Run a planned evaluation into `folder`, entered in the ledger, as done for `purpose`
+    ("research" or "product"), before its first token."""
     planned, title = plan_digest(plan), f"eval {folder.name}"
     if (folder / "results.json").exists():
         old = read_results(folder)[0]
         entered = {attempt.result.get("digest") for attempt in ledger.attempts()}
         if (old.model_digest, old.plan_digest) == (model.digest, planned) and old.digest in entered:
             return old
-    attempt = ledger.open("eval", "research", recipe_digest, code_version(), planned,
+    attempt = ledger.open("eval", purpose, recipe_digest, code_version(), planned,
                           [model.digest], where)
     begun = time.monotonic()
     with recorded(ledger, attempt, folder), progress.bar(title, len(plan)) as report:

@@ -8,7 +8,7 @@ import torch
 
 import vicugna
 from vicugna import files
-from vicugna.errors import VicugnaError
+from vicugna.errors import Refused, VicugnaError
 from vicugna.ledger.ledger import Ledger
 from vicugna.memory import peak_memory
 
@@ -22,14 +22,17 @@ def code_version() -> str:
 
 @contextmanager
 def recorded(ledger: Ledger, attempt: str, folder: Path) -> Iterator[None]:
-    """Close the attempt, if there is one, when the block fails; say what to do without memory."""
+    """Close the attempt, if there is one, when the block does not end: as refused, failed or
+    interrupted. Where memory ran out, the error says what to lower."""
     try:
         yield
     except BaseException as error:
+        outcome = ("refused" if isinstance(error, Refused) else
+                   "failed" if isinstance(error, Exception) else "interrupted")
         with suppress(VicugnaError):  # it may be closed already, or its disk be full
             if attempt:
-                ledger.close(attempt, "failed" if isinstance(error, Exception) else "interrupted",
-                             {"peak_memory_bytes": peak_memory()}, {"error": str(error)[:500]})
+                ledger.close(attempt, outcome, {"peak_memory_bytes": peak_memory()},
+                             {"error": str(error)[:500]})
         exhausted = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         if exhausted or "allocate memory" in str(error):
             raise VicugnaError(

@@ -9,6 +9,7 @@ import json
 import math
 import re
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -27,13 +28,13 @@ from vicugna.evals.runner import make_item
 from vicugna.files import read_json, storage_error, write_text
 from vicugna.ledger import Ledger
 
-STAGE = re.compile(r"\d\d-(tokenizer|pretrain|sft|rl|eval|release)")
-ORDER = ("pretrain", "sft", "rl")  # how checkpoints follow from each other
+STAGE = re.compile(r"(\d+)-([A-Za-z][A-Za-z0-9_-]*)")
 LOSS = {"loss": "training", "validation_loss": "validation"}
-PANELS = (("pretrain", "Pretraining: loss", LOSS), ("sft", "Fine-tuning: loss", LOSS),
-          ("rl", "Reinforcement learning: reward",
-           {"reward": "mean reward", "truncated": "replies cut at the limit"}),
-          ("rl", "Reinforcement learning: tokens in a reply", {"length": "mean"}))
+PANELS = (("pretrain", "loss", LOSS), ("sft", "loss", LOSS),
+          ("rl", "reward", {"reward": "mean reward", "truncated": "replies cut at the limit"}),
+          ("rl", "tokens in a reply", {"length": "mean"}))
+TITLES = {"tokenizer": "Tokenizer", "pretrain": "Pretraining", "sft": "Fine-tuning",
+          "rl": "Reinforcement learning", "eval": "Evaluation", "release": "Release"}
 SAMPLES = 3  # tasks of which a right answer is shown, and of which another
 Scored = tuple[str, Results, list[dict[str, Any]]]  # a checkpoint's name, results, records
 
@@ -73,26 +74,40 @@ def write_report(run_folder: Path, ledger_path: Path) -> Path:
 
 
 def _page(run_folder: Path) -> dict[str, Any]:
-    folders = {found[1]: path for path in sorted(run_folder.iterdir())
-               if path.is_dir() and (found := STAGE.fullmatch(path.name))}
     recipe = run_folder / "recipe.yaml"
     text = recipe.read_text(encoding="utf-8", errors="replace") if recipe.exists() else ""
     settings: dict[str, Any] = {}
     with suppress(yaml.YAMLError):
         settings = _object(yaml.safe_load(text))
-    trained = max(finite(_object(settings.get(stage)).get("sequence_length")) or 0
-                  for stage in ("pretrain", "sft"))
-    released = folders.get("release", run_folder) / "release"
+    listed = settings.get("stages")
+    specs = {str(one.get("name")): one for one in map(_object, listed)} if isinstance(
+        listed, list) else {}
+    folders = _folders(run_folder, set(specs))
+    kinds = {name: specs.get(name, _read(path / "stage.json")).get("kind") or name
+             for name, path in folders.items()}
+    trained = max([finite(spec.get("sequence_length")) or 0 for spec in specs.values()], default=0)
+    released = [path / "release" for name, path in folders.items() if kinds[name] == "release"]
     metrics = {name: _lines(path / "metrics.jsonl") for name, path in folders.items()}
-    scored = _scored(folders["eval"]) if "eval" in folders else []
+    scored = _scored(folders, kinds)
+    titles = {name: TITLES.get(kind, kind) + f" ({name})" * (kind != name)
+              for name, kind in kinds.items()}
     return {
         "folder": run_folder.resolve().name, "recipe": text, "settings": settings,
+        "title": [spec.get("title") for spec in specs.values() if spec.get("title")][-1:],
         "trained": trained, "scored": scored, "compared": _compared(scored), "metrics": metrics,
-        "curves": _curves(metrics), "samples": _samples(scored),
-        "manifest": _read(released / "manifest.json"),
+        "curves": _curves(metrics, kinds, titles), "samples": _samples(scored), "titles": titles,
+        "kinds": kinds, "manifest": next((_read(path / "manifest.json") for path in released[::-1]
+                                          if (path / "manifest.json").exists()), {}),
         "stages": {name: _read(path / "stage.json") for name, path in folders.items()},
-        "network": _network([released, *(
+        "network": _network([*released[::-1], *(
             path / "checkpoint" for path in reversed(folders.values()))])}
+
+
+def _folders(run_folder: Path, wanted: set[str]) -> dict[str, Path]:
+    """The stages' folders, by name and in order: those of the recipe, where it can be read."""
+    found = [(int(match[1]), match[2], path) for path in run_folder.iterdir() if path.is_dir()
+             for match in [STAGE.fullmatch(path.name)] if match]
+    return {name: path for _, name, path in sorted(found) if not wanted or name in wanted}
 
 
 def finite(value: Any) -> float | None:
@@ -128,11 +143,16 @@ def _network(folders: Sequence[Path]) -> dict[str, Any]:
     return {}
 
 
-def _scored(folder: Path) -> list[Scored]:
-    """The finished evaluations in a folder, the earliest checkpoint's first."""
-    names = sorted((path.parent.name for path in folder.glob("*/results.json")), key=lambda name: (
-        ORDER.index(name) if name in ORDER else -1, name))
-    return [(name, *read_results(folder / name)) for name in names]
+def _scored(folders: Mapping[str, Path], kinds: Mapping[str, str]) -> list[Scored]:
+    """The finished evaluations, the earliest checkpoint's first. A checkpoint that several stages
+    score is named with the stage."""
+    found = [(path.parent.name, stage, path.parent) for stage, folder in folders.items()
+             if kinds[stage] == "eval" for path in sorted(folder.glob("*/results.json"))]
+    order, times = list(folders), Counter(name for name, _, _ in found)
+    found.sort(key=lambda one: (order.index(one[0]) if one[0] in order else -1,
+                                order.index(one[1])))
+    return [(name if times[name] == 1 else f"{name}, {stage}", *read_results(path))
+            for name, stage, path in found]
 
 
 def _compared(scored: Sequence[Scored]) -> dict[tuple[str, str, str], dict[str, Row]]:
@@ -161,10 +181,13 @@ def _samples(scored: Sequence[Scored]) -> list[dict[str, Any]]:
     return [found[key] for key in sorted(found, key=lambda key: key[0])]
 
 
-def _curves(metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[tuple[str, str, Markup]]:
+def _curves(metrics: Mapping[str, Sequence[Mapping[str, Any]]], kinds: Mapping[str, str],
+            titles: Mapping[str, str]) -> list[tuple[str, str, Markup]]:
     """(stage, title, figure) for what was recorded."""
-    return [(stage, title, _figure(metrics[stage], words)) for stage, title, words in PANELS
-            if any(finite(row.get(k)) is not None for row in metrics.get(stage, ()) for k in words)]
+    return [(stage, f"{titles[stage]}: {what}", _figure(rows, words))
+            for stage, rows in metrics.items() for kind, what, words in PANELS
+            if kind == kinds[stage]
+            and any(finite(row.get(k)) is not None for row in rows for k in words)]
 
 
 def _figure(rows: Sequence[Mapping[str, Any]], words: Mapping[str, str]) -> Markup:

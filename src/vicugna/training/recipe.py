@@ -1,18 +1,25 @@
-"""Recipes: a model's whole life as YAML, checked before anything runs."""
+"""Recipes: the stages a model goes through, as YAML that is checked before anything runs."""
 
+import datetime
+import json
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+import vicugna
 from vicugna import models
 from vicugna.data import SourceSpec
 from vicugna.errors import VicugnaError, did_you_mean
 from vicugna.files import digest_of, read_text
 
-STAGES = ("tokenizer", "pretrain", "sft", "rl", "eval", "release")
+START = "start"  # the name of the checkpoint model.start among those that stages make
+CORPUS = "corpus"  # the source that stands for data.sources
+# Where a recipe that is given by name is looked for: in the package, or beside its source.
+RECIPES = [Path(vicugna.__file__).parent / "recipes", Path(vicugna.__file__).parents[2] / "recipes"]
 
 
 class Strict(BaseModel, extra="forbid", frozen=True):
@@ -52,9 +59,23 @@ class ModelSpec(Strict):
             **(own if self.architecture == "vicugna" else {})}
 
 
-class TokenizerSpec(Strict):
+class Stage(Strict):
+    """What every stage has: what it does, and a name that no other stage of the recipe has."""
+    kind: str
+    name: str = Field("", pattern="^[A-Za-z][A-Za-z0-9_-]*$")  # the kind, when it is not given
+
+    @model_validator(mode="after")
+    def _named(self) -> "Stage":
+        object.__setattr__(self, "name", self.name or self.kind)
+        return self
+
+
+class TokenizerSpec(Stage):
+    """Training the tokenizer of a new network."""
+    kind: Literal["tokenizer"] = "tokenizer"
     vocab_size: int = Field(2048, ge=300)
-    bytes_per_source: int = Field(2_000_000, ge=1)  # text read from each source
+    sources: tuple[SourceSpec, ...] = Field((SourceSpec(source=CORPUS),), min_length=1)
+    bytes_per_source: int = Field(2_000_000, ge=1)  # of text, on average
 
 
 class OptimiserSpec(Strict):
@@ -71,8 +92,8 @@ class OptimiserSpec(Strict):
     final: float = Field(0.0, ge=0, le=1)  # share of the rate left at the end
 
 
-class StageSpec(Strict):
-    """What every training stage has."""
+class StageSpec(Stage):
+    """What every stage that trains the network has."""
     steps: int = Field(ge=1)
     precision: Literal["bf16", "fp32"] = "bf16"
     parallel: Literal["ddp", "fsdp"] = "ddp"  # under torchrun
@@ -83,6 +104,7 @@ class StageSpec(Strict):
 
 class TrainSpec(StageSpec):
     """Learning from data: pretraining and supervised fine-tuning."""
+    kind: Literal["pretrain", "sft"] = "pretrain"
     rows: int = Field(16, ge=1)  # sequences in one step, over all ranks
     sequence_length: int = Field(512, ge=8)
     sources: tuple[SourceSpec, ...] = Field(min_length=1)
@@ -92,6 +114,7 @@ class TrainSpec(StageSpec):
 
 class RlSpec(StageSpec):
     """Learning from verifiable rewards: GRPO without length or standard-deviation bias."""
+    kind: Literal["rl"] = "rl"
     prompts: int = Field(32, ge=1)  # different prompts in one step, over all ranks
     group: int = Field(8, ge=2)  # answers sampled for each
     tasks: tuple[SourceSpec, ...] = Field(min_length=1)
@@ -99,66 +122,112 @@ class RlSpec(StageSpec):
     temperature: float = Field(1.0, gt=0)
 
 
-class EvalSpec(Strict):
+class EvalSpec(Stage):
+    """Scoring the model so far, and the models of earlier stages beside it."""
+    kind: Literal["eval"] = "eval"
     groups: tuple[dict[str, Any], ...] = Field(min_length=1)
     batch: int = Field(64, ge=1)
-    compare: tuple[Literal["pretrain", "sft"], ...] = ()  # earlier checkpoints scored as well,
+    compare: tuple[str, ...] = ()  # training stages, or `start`, whose models are scored as well,
     compare_groups: tuple[str, ...] = ()  # in these groups; all when empty
 
 
-class ReleaseSpec(Strict):
-    name: str = "vicugna"
+class ReleaseSpec(Stage):
+    """A release of the model so far, with its evaluations."""
+    kind: Literal["release"] = "release"
+    title: str = "vicugna"
     purpose: Literal["research", "product"] = "research"
     licence: str = "Apache-2.0"
     summary: str = ""
     limits: tuple[str, ...] = ()
 
 
+AnyStage = TokenizerSpec | TrainSpec | RlSpec | EvalSpec | ReleaseSpec
+KINDS: dict[str, type[Stage]] = {kind: spec for spec in get_args(AnyStage)
+                                 for kind in get_args(spec.model_fields["kind"].annotation)}
+
+
 class DataSpec(Strict):
-    """The corpus: what the tokenizer learns from first, and what `corpus` means in a stage. A
-    recipe that starts from a checkpoint and names `corpus` nowhere needs none."""
+    """The corpus: what the source `corpus` of a stage stands for."""
     sources: tuple[SourceSpec, ...] = ()
 
 
 class Recipe(Strict):
-    """A whole life. A stage that is null is left out."""
+    """A model's stages, in order, and what they share."""
     name: str = "run"
     seed: int = Field(0, ge=0)
+    date: datetime.date = datetime.date(2026, 1, 1)  # today, to chat templates that ask for it
     threads: int | None = Field(None, ge=1)
     model: ModelSpec = ModelSpec()
     data: DataSpec = DataSpec()
-    tokenizer: TokenizerSpec = TokenizerSpec()
-    pretrain: TrainSpec | None = None
-    sft: TrainSpec | None = None
-    rl: RlSpec | None = None
-    eval: EvalSpec | None = None
-    release: ReleaseSpec | None = None
+    stages: tuple[Annotated[AnyStage, Field(discriminator="kind")], ...] = Field(min_length=1)
 
     @model_validator(mode="after")
-    def _corpus_expanded(self) -> "Recipe":
-        """Put `data.sources`, by their weights, in the place of each stage's source `corpus`."""
-        if not self.data.sources:
-            self._check_no_corpus()
-        total = sum(source.weight for source in self.data.sources)
-        for spec in filter(None, (self.pretrain, self.sft)):
-            sources: list[SourceSpec] = []
-            for source in spec.sources:
-                sources += [source] if source.source != "corpus" else [
-                    one.model_copy(update={"weight": one.weight * (source.weight / total)})
-                    for one in self.data.sources]
-            object.__setattr__(spec, "sources", tuple(sources))
+    def _checked(self) -> "Recipe":
+        for number, stage in enumerate(self.stages):
+            if stage.name in [START, *(earlier.name for earlier in self.stages[:number])]:
+                raise VicugnaError(f"the name {stage.name!r} is taken", f"stages.{number}",
+                                   "Give each stage a name of its own with the key name")
+        for stage in self.stages:
+            if isinstance(stage, TokenizerSpec | TrainSpec):
+                self._expand_corpus(stage)
+            _check_place(self, stage)
         return self
 
-    def _check_no_corpus(self) -> None:
-        """Raise ValueError if something needs the corpus, which is missing."""
-        for stage in ("pretrain", "sft"):
-            spec = getattr(self, stage)
-            if spec is not None and any(source.source == "corpus" for source in spec.sources):
-                raise ValueError(f"data.sources is missing or empty, but {stage}.sources has "
-                                 "`corpus`")
-        if self.model.start is None:
-            raise ValueError("data.sources is missing or empty, but without model.start the "
-                             "tokenizer learns from it")
+    def _expand_corpus(self, stage: TokenizerSpec | TrainSpec) -> None:
+        """Put `data.sources`, by their weights, in the place of the stage's source `corpus`."""
+        sources, total = list[SourceSpec](), sum(one.weight for one in self.data.sources)
+        for source in stage.sources:
+            if source.source == CORPUS and not total:
+                raise VicugnaError("data.sources is missing or empty, but this stage learns from "
+                                   "`corpus`", f"stages.{stage.name}.sources", "Add data.sources")
+            sources += [source] if source.source != CORPUS else [
+                one.model_copy(update={"weight": one.weight * (source.weight / total)})
+                for one in self.data.sources]
+        object.__setattr__(stage, "sources", tuple(sources))
+
+    def stage(self, name: str) -> AnyStage:
+        """The stage of this name; VicugnaError if there is none."""
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        raise VicugnaError(f"the recipe has no stage {name!r}", "stages",
+                           did_you_mean(name, [stage.name for stage in self.stages]))
+
+    def before(self, name: str) -> list[AnyStage]:
+        """The stages ahead of stage `name`."""
+        return list(self.stages[:self.stages.index(self.stage(name))])
+
+    def model_before(self, name: str) -> str | None:
+        """The training stage whose model stage `name` trains, scores or releases: the last one
+        ahead of it, or else START, the checkpoint model.start; None where there is no model yet."""
+        trained = [stage.name for stage in self.before(name) if isinstance(stage, StageSpec)]
+        return trained[-1] if trained else START if self.model.start is not None else None
+
+    def scored(self, stage: EvalSpec) -> list[str]:
+        """The training stages, or START, whose models an eval stage scores; the model so far
+        comes last."""
+        final = self.model_before(stage.name)
+        assert final is not None  # as _check_place saw to
+        return [*(name for name in dict.fromkeys(stage.compare) if name != final), final]
+
+    def evidence(self, name: str) -> list[str]:
+        """The eval stages ahead of release stage `name` that score the model it releases."""
+        final = self.model_before(name)
+        return [stage.name for stage in self.before(name)
+                if isinstance(stage, EvalSpec) and final in self.scored(stage)]
+
+    def purpose(self, name: str) -> str:
+        """What stage `name` is done for: "product" if a release from it on is one."""
+        return "product" if any(isinstance(stage, ReleaseSpec) and stage.purpose == "product"
+                                for stage in self.stages[len(self.before(name)):]) else "research"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The config.json of the new network; VicugnaError if its shape is impossible."""
+        sizes = [stage.vocab_size for stage in self.stages if isinstance(stage, TokenizerSpec)]
+        config = self.model.config(*sizes[:1] or [2048])
+        models.architecture(self.model.architecture).Config.from_dict(config)
+        return config
 
     @property
     def digest(self) -> str:
@@ -166,59 +235,182 @@ class Recipe(Strict):
         return digest_of(self.model_dump(mode="json"))
 
 
-def read(path: str | Path, settings: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and apply dotted overrides such as `pretrain.steps=500`. Raises VicugnaError
-    naming the key for anything unknown, mistyped or impossible."""
+def with_release(recipe: Recipe) -> tuple[Recipe, str]:
+    """The recipe, and the name of a stage in it that releases its last model; one is added at the
+    end unless it is there."""
+    last = next((stage for stage in reversed(recipe.stages)
+                 if isinstance(stage, StageSpec | ReleaseSpec)), None)
+    if isinstance(last, ReleaseSpec):
+        return recipe, last.name
+    taken = {stage.name for stage in recipe.stages}
+    name = next(name for n in count() if (name := f"release{n or ''}") not in taken)
+    release = {"kind": "release", "name": name, "title": recipe.name}
+    values = recipe.model_dump()
+    return Recipe.model_validate({**values, "stages": [*values["stages"], release]}), name
+
+
+def _check_place(recipe: Recipe, stage: AnyStage) -> None:
+    """Raise VicugnaError when the stages ahead of a stage do not give what it needs."""
+    earlier, model = recipe.before(stage.name), recipe.model_before(stage.name)
+    tokenizers = [one.name for one in earlier if isinstance(one, TokenizerSpec)]
+    what = fix = ""
+    if isinstance(stage, TokenizerSpec):
+        if model or tokenizers:
+            what = "a model has one tokenizer, and here it has one already"
+            fix = (f"Leave this stage out (--set stages.{stage.name}=null): the tokenizer is that "
+                   "of model.start" if model == START else
+                   "Leave this stage out, or put it before the first stage that trains")
+    elif isinstance(stage, StageSpec):
+        if not model and not tokenizers:
+            what = "a new network needs a tokenizer"
+            fix = "Put {kind: tokenizer} first, or set model.start to a checkpoint"
+    elif model is None:
+        what, fix = "there is no model yet", "Put it after a stage that trains one"
+    elif isinstance(stage, EvalSpec):
+        known = [START] * (recipe.model.start is not None) + [
+            one.name for one in earlier if isinstance(one, StageSpec)]
+        for name in set(stage.compare) - {*known}:
+            what = f"compare: no training stage {name!r} comes before it"
+            fix = did_you_mean(name, known)
+    elif model == START:
+        what, fix = "no stage before it trains a model", "Put it after one that does"
+    elif not recipe.evidence(stage.name):
+        what = f"nothing scores the model of stage {model!r} before it is released"
+        fix = f"Put an eval stage between {model} and {stage.name}"
+    if what:
+        raise VicugnaError(what, f"stages.{stage.name}", fix)
+
+
+def find(recipe: str | Path) -> Path:
+    """The file of a recipe that is given by its path, or by the name of one that comes with this
+    package. VicugnaError if there is none."""
+    path = Path(recipe).expanduser()
+    known = {one.stem: one for folder in RECIPES[::-1] for one in sorted(folder.glob("*.yaml"))}
+    if path.exists():
+        return path
+    if str(recipe) not in known:
+        raise VicugnaError("no such file, and no recipe of this name", str(recipe),
+                           did_you_mean(path.stem, known))
+    return known[str(recipe)]
+
+
+def read(recipe: str | Path, settings: Sequence[str] = ()) -> Recipe:
+    """Read a recipe (see `find`) and apply dotted overrides: `model.depth=8`, and for the stage
+    called sft `stages.sft.steps=500`. Raises VicugnaError naming the key for anything unknown,
+    mistyped or impossible."""
+    path = find(recipe)
     try:
         values = yaml.safe_load(read_text(path))
     except yaml.YAMLError as error:
         raise VicugnaError(f"not valid YAML: {error}", str(path), "Correct the file") from error
     if not isinstance(values, dict):
         raise VicugnaError("not a recipe: the file holds no keys", str(path), "See recipes/")
+    if old := [kind for kind in KINDS if kind in values]:
+        raise VicugnaError(f"stages are a list now, not keys of their own ({', '.join(old)})",
+                           str(path), f"Write in their place: {_as_stages(values)}")
     for setting in settings:
         _override(values, setting)
     try:
-        recipe = Recipe.model_validate(values)
+        made = Recipe.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        if first["type"] == "extra_forbidden":
-            raise VicugnaError(f"unknown key {key!r}", str(path), _nearest(first["loc"])) from None
-        said = first["msg"].removeprefix("Value error, ")
-        raise VicugnaError(f"{key}: {said}" if key else said, str(path),
-                           "Correct the recipe") from None
+        raise _refusal(error, values, str(path)) from None
     try:
-        config = recipe.model.config(recipe.tokenizer.vocab_size)
-        models.architecture(recipe.model.architecture).Config.from_dict(config)
+        made.config  # noqa: B018 - it checks the network's shape
     except VicugnaError as error:
         raise VicugnaError(error.what, f"{path}, model", error.fix) from error
-    return recipe
+    return made
+
+
+def _as_stages(values: dict[str, Any]) -> str:
+    """The stages of a recipe in which each kind was a key of its own, as one line of YAML."""
+    new = not (isinstance(values.get("model"), dict) and values["model"].get("start"))
+    stages = [{"kind": kind, **value} for kind in KINDS if isinstance(
+        value := values.get(kind, {} if kind == "tokenizer" else None), dict)
+        and (new or kind != "tokenizer")]
+    corpus = [one.get("source") if isinstance(one, dict) else one
+              for one in (values.get("data") or {}).get("sources") or ()]
+    learned: dict[Any, Any] = {CORPUS: CORPUS} if corpus else {}
+    for stage in stages:
+        if stage["kind"] == "release" and "name" in stage:
+            stage["title"] = stage.pop("name")
+        for one in stage.get("sources") or () if stage["kind"] in ("pretrain", "sft") else ():
+            source = one["source"] if isinstance(one, dict) else one
+            if source not in corpus:  # the tokenizer learned from it, too
+                learned[source] = {key: value for key, value in one.items() if key not in (
+                    "weight", "form")} if isinstance(one, dict) else one
+    if new and len(learned) > 1:
+        stages[0]["sources"] = list(learned.values())
+    plain = json.loads(json.dumps(stages, default=str))  # no object twice: YAML would refer back
+    return "stages: " + yaml.safe_dump(plain, sort_keys=False, default_flow_style=True,
+                                       allow_unicode=True, width=10**6).strip()
 
 
 def _override(values: dict[str, Any], setting: str) -> None:
-    """Apply one `a.b.c=value`; the value is YAML."""
+    """Apply one `a.b.c=value`; the value is YAML, and null takes a stage out."""
     key, equals, text = setting.partition("=")
     if not equals or not key:
         raise VicugnaError(f"not of the form key=value: {setting!r}", "--set",
-                           "Write for example --set pretrain.steps=500")
-    *parents, last = key.split(".")
-    for parent in parents:
-        values = values.setdefault(parent, {})
-        if not isinstance(values, dict):
-            raise VicugnaError(f"{parent} in {key} has no keys below it", "--set",
-                               "Check the key against the recipe")
+                           "Write for example --set stages.pretrain.steps=500")
     try:
-        values[last] = yaml.safe_load(text)
+        value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise VicugnaError(f"the value of {key} is not valid YAML: {text!r}", "--set",
                            "Quote it") from None
+    *parents, last = key.split(".")
+    if parents and parents[0] in _names(values.get("stages")) and parents[0] not in values:
+        raise VicugnaError(f"unknown key {key!r}", "--set", f"Did you mean 'stages.{key}'?")
+    place: Any = values
+    for part in parents:
+        if isinstance(place, list):
+            place = place[_number(place, part, key)]
+        elif isinstance(place, dict):
+            place = place.setdefault(part, {})
+        if not isinstance(place, dict | list):
+            raise VicugnaError(f"{part} in {key} has no keys below it", "--set",
+                               "Check the key against the recipe")
+    if isinstance(place, dict):
+        place[last] = value
+    else:
+        number = _number(place, last, key)
+        place[number:number + 1] = [] if value is None else [value]
 
 
-def _nearest(location: Sequence[str | int]) -> str:
-    """Which keys the place in the recipe has, the nearest to the wrong one first."""
-    kind: Any = Recipe
-    for part in location[:-1]:
-        if part in kind.model_fields:  # and not a number in a list
-            kind = kind.model_fields[part].annotation
-            kind = next(k for k in (kind, *get_args(kind)) if hasattr(k, "model_fields"))
-    return did_you_mean(location[-1], kind.model_fields)
+def _names(stages: Any) -> list[str]:
+    """The names of stages as they stand in the file; "" for what has none."""
+    return [str(one.get("name") or one.get("kind") or "") if isinstance(one, dict) else ""
+            for one in stages or ()]
+
+
+def _number(stages: list[Any], name: str, key: str) -> int:
+    if name not in (names := _names(stages)):
+        raise VicugnaError(f"no stage is called {name!r}", f"--set {key}",
+                           did_you_mean(name, names))
+    return names.index(name)
+
+
+def _refusal(error: ValidationError, values: dict[str, Any], path: str) -> VicugnaError:
+    """The first thing that pydantic found wrong, with the stage's name in place of its number."""
+    first = error.errors()[0]
+    location, kind = list(first["loc"]), first["type"]
+    spec: Any = Recipe
+    if location[:1] == ["stages"] and len(location) > 1:
+        stage = values["stages"][location[1]]
+        if isinstance(stage, dict) and location[2:]:
+            location[1:3] = [stage.get("name") or stage["kind"]]
+            spec = KINDS[stage["kind"]]
+    key = ".".join(map(str, location))
+    if kind == "union_tag_invalid":
+        tag = first["ctx"]["tag"]
+        return VicugnaError(f"{key}: unknown kind {tag!r}", path, did_you_mean(tag, KINDS))
+    if kind == "union_tag_not_found":
+        return VicugnaError(f"{key}: a stage without its kind", path,
+                            f"Give the key kind: one of {', '.join(KINDS)}")
+    if kind == "extra_forbidden":
+        for part in location[2 if spec is not Recipe else 0:-1]:
+            if part in spec.model_fields:  # and not a number in a list
+                spec = spec.model_fields[part].annotation
+                spec = next(k for k in (spec, *get_args(spec)) if hasattr(k, "model_fields"))
+        return VicugnaError(f"unknown key {key!r}", path,
+                            did_you_mean(location[-1], spec.model_fields))
+    said = first["msg"].removeprefix("Value error, ")
+    return VicugnaError(f"{key}: {said}" if key else said, path, "Correct the recipe")

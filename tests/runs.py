@@ -1,4 +1,4 @@
-"""A life even smaller than recipes/tiny.yaml, and how processes that live it end."""
+"""A run even smaller than that of recipes/tiny.yaml, and how processes that run it end."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from typing import Any
 RECIPE = Path(__file__).parents[1] / "recipes" / "tiny.yaml"
 SOURCE = '{source: stdlib, limit_bytes: 60000}'
 SMALLER = (
-    "tokenizer={vocab_size: 320, bytes_per_source: 30000}", f"data.sources=[{SOURCE}]",
-    "pretrain.steps=4", "pretrain.checkpoint_every=2", "pretrain.validate_every=2",
-    "sft.steps=4", "sft.checkpoint_every=2", "sft.validation_rows=0", "sft.sequence_length=256",
-    "sft.rows=2", "rl.steps=2", "rl.prompts=2", "rl.max_new_tokens=6", "eval.batch=3",
-    "eval.groups=[{group: steps, task: reasoning.steps, n: 5, max_new_tokens: 4},"
+    "stages.tokenizer.vocab_size=320", "stages.tokenizer.bytes_per_source=30000",
+    f"data.sources=[{SOURCE}]", "stages.pretrain.steps=4", "stages.pretrain.checkpoint_every=2",
+    "stages.pretrain.validate_every=2", "stages.sft.steps=4", "stages.sft.checkpoint_every=2",
+    "stages.sft.validation_rows=0", "stages.sft.sequence_length=256", "stages.sft.rows=2",
+    "stages.rl.steps=2", "stages.rl.prompts=2", "stages.rl.max_new_tokens=6",
+    "stages.eval.batch=3",
+    "stages.eval.groups=[{group: steps, task: reasoning.steps, n: 5, max_new_tokens: 4},"
     " {group: needle, task: retrieval.single, n: 2, length_tokens: 200, difficulty: {position: "
     "0.5}, max_new_tokens: 4}]")
 
@@ -53,8 +55,8 @@ def start(*command: str, **how: Any) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}, **how)
 
 
-def live_of(folder: Path, *settings: str, recipe: Path = RECIPE) -> Ended:
-    """Live the smaller recipe in another process, to its end."""
+def run_to_its_end(folder: Path, *settings: str, recipe: Path = RECIPE) -> Ended:
+    """Run the smaller recipe in another process, to its end."""
     process = start(*arguments(folder, *settings, recipe=recipe), "--json")
     out, err = process.communicate(timeout=250)
     return Ended(process.returncode, out, err)
