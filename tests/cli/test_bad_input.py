@@ -211,7 +211,7 @@ def test_an_unexpected_error_is_one_line(monkeypatch: pytest.MonkeyPatch, cli: A
     def broken(*arguments: Any) -> None:
         raise ZeroDivisionError("by\nzero")
 
-    monkeypatch.setattr(vicugna.run, "live", broken)
+    monkeypatch.setattr(vicugna.run, "run_recipe", broken)
     ended = cli("run", RECIPE)
     assert ended.code == 2
     assert "unexpected ZeroDivisionError: by zero" in ended.line and "--debug" in ended.line
