@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,8 +53,9 @@ def write_model(folder: Path, seed: int) -> None:
     checkpoint.Checkpoint(network, words, {"eos_token_id": list(range(0, 280, 2))}).save(folder)
 
 
-def work(folder: Path) -> Workspace:
+def work(folder: Path, change: Callable[[Path], Any] = lambda model: None) -> Workspace:
     write_model(folder / "model", 0)
+    change(folder / "model")
     (folder / "recipe.yaml").write_text(RECIPE)
     ledger = Ledger(folder / "ledger.sqlite")
     model = checkpoint.read(folder / "model")
@@ -159,6 +161,105 @@ def test_bad_places(made: Workspace, tmp_path: Path) -> None:
     assert "files" in failed(tmp_path)
 
 
+def test_all_of_a_checkpoint_is_released_and_nothing_else(tmp_path: Path) -> None:
+    work(tmp_path, lambda model: beside(model, "additional_chat_templates/tool_use.jinja",
+                                        "notes.txt", ".git/HEAD")).release()
+    assert not failed(tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").rglob("*")}
+    assert "tool_use.jinja" in names and not names & {"notes.txt", ".git", "HEAD"}
+
+
+def beside(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("anything")
+
+
+PUT_BESIDE = [".gitattributes", ".gitignore", ".git/HEAD", ".git/objects/ab/cd", ".DS_Store",
+              ".git/model.safetensors", "evidence/.DS_Store", ".huggingface/x.metadata",
+              ".cache/huggingface/.gitignore", ".cache/huggingface/download/README.md.metadata",
+              ".cache/huggingface/config.json"]
+FOREIGN = ["model-00002-of-00002.safetensors", "tokenizer.model", "tekken.json", "vocab.json",
+           "additional_chat_templates/tool.jinja", "modeling_other.py", "params.json",
+           "original/params.json", "model.gguf", "adapter_config.json", "chat_template.json",
+           "evidence/.gitattributes", ".cache/other/x", ".cache/huggingface.json", ".gitmodules",
+           "evidence/.git/x", ".github/x", "sub/.git/x", "model.safetensors.index.json"]
+
+
+def test_what_git_the_hub_and_macos_put_beside_a_release_is_left_aside(release: Path) -> None:
+    beside(release, *PUT_BESIDE)
+    checks = verify(release)
+    assert all(check.ok for check in checks)
+    assert checks[0].detail.endswith(
+        "left aside, for nothing in it is loaded: .DS_Store, .git, .gitattributes, .gitignore, "
+        ".huggingface, .cache/huggingface, evidence/.DS_Store")
+    (release / ".git").rename(release.parent / "git")
+    (release / ".git").write_text("gitdir: ../elsewhere")  # of a submodule
+    assert not failed(release, 0)
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_any_other_file_is_refused(name: str, release: Path) -> None:
+    beside(release, name)
+    assert failed(release, 0)["files"] == f"{name}: not in the manifest"
+
+
+@pytest.mark.parametrize("name", [".git", ".gitattributes", ".cache/huggingface", "evidence/x"])
+@pytest.mark.parametrize("target", ["/etc/hostname", "/etc", "config.json", "../blobs/1"])
+def test_links_are_refused(name: str, target: str, release: Path) -> None:
+    beside(release.parent / "blobs", "1")
+    (release / name).parent.mkdir(exist_ok=True)
+    (release / name).symlink_to(release / target if target == "config.json" else target)
+    assert "files" in failed(release, 0)
+
+
+def test_weights_cannot_come_from_what_is_left_aside(release: Path) -> None:
+    """Not even of a release whose maker planned it: others could change them."""
+    (release / ".cache" / "huggingface").mkdir(parents=True)
+    (release / "model.safetensors").rename(release / ".cache" / "huggingface" / "w.safetensors")
+    names = checkpoint.survey(work(release.parent / "other").folder / "model").stored
+    write_json(release / "model.safetensors.index.json", {
+        "weight_map": dict.fromkeys(names, ".cache/huggingface/w.safetensors")})
+    hash_again(release)
+    assert "not in the manifest" in failed(release, 0)["model"]
+
+
+def cached(release: Path, cache: Path) -> Path:
+    """The release as the Hub's client keeps it: a snapshot of links to blobs."""
+    root = cache / "models--org--name"
+    for number, path in enumerate(sorted(p for p in release.rglob("*") if p.is_file())):
+        blob, link = root / "blobs" / f"{number:040}", root / "snapshots" / ("5" * 40)
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, blob)
+        link = link / path.relative_to(release)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    beside(root, "refs/main")
+    (root / "refs" / "main").write_text("5" * 40)
+    return root / "snapshots" / ("5" * 40)
+
+
+def test_a_release_in_the_hubs_cache(release: Path, tmp_path: Path, cli: Any,
+                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    beside(release, ".gitattributes")
+    snapshot = cached(release, tmp_path / "hub")
+    assert not failed(snapshot)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    for name in ("org/name", f"org/name@{'5' * 40}"):
+        ended = cli("verify", name, "--sample", "4")
+        assert ended.code == 0 and "left aside" in ended.out, ended
+    ended = cli("verify", "org/other")
+    assert ended.code == 2 and "the Hub could not be reached" in ended.line
+    ended = cli("verify", release / "README.md")
+    assert ended.code == 2 and "a file, not a folder" in ended.line
+    (snapshot / "README.md").unlink()
+    assert failed(snapshot, 0)["files"].startswith("README.md: missing. Connect to the network")
+    beside(tmp_path, "x")
+    (snapshot / "README.md").symlink_to(tmp_path / "x")
+    assert "leads out of the folder" in failed(snapshot, 0)["files"]
+
+
 # --- cheats: each changes a copy of the release; `hash_again` then makes the manifest fit ---------
 
 def change(path: Path, old: str, new: str) -> None:
@@ -178,7 +279,7 @@ def hash_again(folder: Path) -> None:
     try:
         content = manifest(Contents(folder))
     except Exception:
-        content = {**read_json(folder / "manifest.json"), "files": files_in(folder)}
+        content = {**read_json(folder / "manifest.json"), "files": files_in(folder)[0]}
     write_json(folder / "manifest.json", content)
 
 

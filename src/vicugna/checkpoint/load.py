@@ -67,19 +67,21 @@ def _locate(path: str | Path) -> Path:
     if folder.exists():
         raise directory.refusal(folder) if folder.suffix in directory.PICKLES else VicugnaError(
             "a file, not a folder", str(path), "Name the folder which holds config.json")
-    if hub_id := HUB_ID.fullmatch(str(path)):
-        return _download(hub_id[1], hub_id[2])
-    raise VicugnaError("no such folder", str(path), "Check the path, or name a Hub id: org/name")
+    return download(str(path))
 
 
-def _download(name: str, revision: str | None) -> Path:
+def download(hub_id: str, every_file: bool = False) -> Path:
+    """The local snapshot of the Hub's repository `org/name[@revision]`: of its files those that
+    are loaded, or all; of what the cache has if the Hub cannot be reached. Raises VicugnaError."""
     from huggingface_hub import snapshot_download
+    if not (found := HUB_ID.fullmatch(hub_id)):
+        raise VicugnaError("no such folder", hub_id, "Check the path, or name a Hub id: org/name")
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES,
-                                      ignore_patterns="*/*"))
+        return Path(snapshot_download(found[1], revision=found[2],
+                                      allow_patterns=None if every_file else HUB_FILES,
+                                      ignore_patterns=None if every_file else "*/*"))
     except (OSError, RuntimeError, ValueError) as error:  # no network, offline mode, HTTP errors
         what, fix = HUB_ERRORS.get(type(error).__name__, (
             "no such folder, and the Hub could not be reached",
             "Check the path, or connect to the network and try again"))
-        where = f"{name}@{revision}" if revision else name
-        raise VicugnaError(what, where, fix) from error
+        raise VicugnaError(what, hub_id, fix) from error

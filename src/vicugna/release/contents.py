@@ -11,12 +11,16 @@ import torch
 
 from vicugna import checkpoint
 from vicugna.checkpoint import Checkpoint
+from vicugna.checkpoint.folder import inside
 from vicugna.errors import VicugnaError
 from vicugna.evals import Results, read_results
 from vicugna.files import digest_file, digest_of, read_json
 from vicugna.ledger import Attempt, attempts_in, lineage
 
 MANIFEST = "manifest.json"
+# What Git, the Hub's client and macOS put beside a release; nothing in it is ever loaded.
+ASIDE = (".git", ".gitattributes", ".gitignore", ".cache/huggingface", ".huggingface")
+ASIDE_ANYWHERE = ".DS_Store"
 WEAK = 0.5  # rows below this accuracy are listed as weaknesses
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -38,6 +42,11 @@ class Contents:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.evidence = folder, folder / "evidence"
+
+    @cached_property
+    def files(self) -> dict[str, dict[str, Any]]:
+        """Those that the manifest must name."""
+        return files_in(self.folder)[0]
 
     @cached_property
     def evaluations(self) -> list[tuple[Results, list[dict[str, Any]]]]:
@@ -89,20 +98,29 @@ def manifest(release: Contents) -> dict[str, Any]:
             "results_digests": [results.digest for results, _ in release.evaluations],
             "recipe_digest": digest_file(release.evidence / "recipe.yaml")}
     return {"format": 1, **what, "release_digest": digest_of(what),
-            "files": files_in(release.folder)}
+            "files": release.files}
 
 
-def files_in(folder: Path) -> dict[str, dict[str, Any]]:
-    """sha256 and size of every file of a release but the manifest, by its path within it. A link
-    is a VicugnaError: what it leads to is not in the release."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_symlink() or not (path.is_file() or path.is_dir()):
-            raise VicugnaError("neither file nor folder", str(path), "Put the file itself there")
-        name = path.relative_to(folder).as_posix()
-        if path.is_file() and name != MANIFEST:
-            found[name] = {"sha256": digest_file(path), "size": path.stat().st_size}
-    return found
+def files_in(folder: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """sha256 and size of every file of a release but the manifest, by its path within it; and the
+    names of what is left aside (see ASIDE). A link is a VicugnaError, for what it leads to is not
+    in the release, unless it is one of the Hub's cache, in which all files are links."""
+    found, aside, folders = dict[str, dict[str, Any]](), list[str](), [folder]
+    for parent in folders:  # which grows
+        for path in sorted(parent.iterdir()):
+            name = path.relative_to(folder).as_posix()
+            if path.is_symlink() and inside(folder, name).resolve().is_relative_to(
+                    folder.resolve()):
+                raise VicugnaError("a link", str(path), "Put the file itself there")
+            if name in ASIDE or path.name == ASIDE_ANYWHERE:
+                aside.append(name)
+            elif path.is_dir():
+                folders.append(path)
+            elif not path.is_file():
+                raise VicugnaError("neither file nor folder", str(path), "Remove it")
+            elif name != MANIFEST:
+                found[name] = {"sha256": digest_file(path), "size": path.stat().st_size}
+    return found, aside
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -7,16 +7,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from vicugna.checkpoint.hf import directory
 from vicugna.errors import Refused, VicugnaError
 from vicugna.evals import read_results
 from vicugna.files import canonical, replacing_folder, write_json, write_text
 from vicugna.ledger import Ledger, attempts_in, lineage
 from vicugna.release.contents import MANIFEST, About, Contents, card, manifest
 from vicugna.release.verify import evaluating, verify
-
-MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json",
-               "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-               "chat_template.jinja", "modeling_*.py")
 
 
 def make_release(model_folder: str | Path, results_folders: Sequence[str | Path], ledger: Ledger,
@@ -36,8 +33,9 @@ def make_release(model_folder: str | Path, results_folders: Sequence[str | Path]
         except VicugnaError as error:
             raise Refused(error.what, error.where, error.fix) from error
     with replacing_folder(out_folder) as temporary:
-        for path in [path for pattern in MODEL_FILES for path in Path(model_folder).glob(pattern)]:
-            shutil.copyfile(path, temporary / path.name)
+        for path in directory.files_in(Path(model_folder)):
+            (copy := temporary / path.relative_to(model_folder)).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
         release = Contents(temporary)
         for number, folder in enumerate(results_folders, start=1):
             (evidence := release.evidence / f"eval-{number:02}").mkdir(parents=True)

@@ -11,7 +11,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from vicugna import tasks
+from vicugna import checkpoint, tasks
 from vicugna.engine import Sampling
 from vicugna.errors import Refused, VicugnaError
 from vicugna.evals import PlannedItem, Results
@@ -66,16 +66,22 @@ def evaluating(attempts: Sequence[Attempt], results: Results) -> list[Attempt]:
 
 
 def _files(release: Contents) -> str:
-    stated, found = read_manifest(release.folder)["files"], files_in(release.folder)
+    stated, (found, aside) = read_manifest(release.folder)["files"], files_in(release.folder)
     for name in sorted({*stated, *found}):
-        if stated.get(name) != found.get(name):
-            raise Refused("missing" if name not in found else
-                          "changed" if name in stated else "not in the manifest", name)
-    return f"{len(found)} files as the manifest says"
+        if name not in found:
+            raise Refused("missing", name, "Connect to the network to fetch it"
+                          if release.folder.resolve().parent.name == "snapshots" else "")
+        if stated.get(name) != found[name]:
+            raise Refused("changed" if name in stated else "not in the manifest", name)
+    return f"{len(found)} files as the manifest says" + (
+        f"; left aside, for nothing in it is loaded: {', '.join(aside)}" if aside else "")
 
 
 def _model(release: Contents) -> str:
     """The evaluations are read here too: their tables are counted again from their items."""
+    for tensor in checkpoint.survey(release.folder).stored.values():
+        if (name := tensor.file.relative_to(release.folder).as_posix()) not in release.files:
+            raise Refused("weights are read from it, and it is not in the manifest", name)
     digest = release.model.digest
     for results, _ in release.evaluations:
         if results.model_digest != digest:

@@ -46,6 +46,12 @@ def recognises(folder: Path) -> bool:
     return folder.is_dir()
 
 
+def files_in(folder: Path) -> list[Path]:
+    """The files of the checkpoint in `folder`, without whatever else lies there."""
+    return [path for path in folder.iterdir() if CHECKPOINT_FILE.fullmatch(path.name)] + [
+        *folder.glob(f"{TEMPLATES}/*.jinja")]
+
+
 def survey(folder: Path) -> Survey:
     """What the folder says of itself. Raises VicugnaError; OSError."""
     config = read_object(folder, "config.json")
