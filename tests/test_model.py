@@ -160,5 +160,5 @@ def test_dtypes_and_devices(folder):
 
 
 def test_no_such_folder(tmp_path):
-    with pytest.raises(VicugnaError, match="no such folder"):
+    with pytest.raises(VicugnaError, match="no such file or folder"):
         vicugna.load(tmp_path / "none")

@@ -176,19 +176,58 @@ def test_an_older_checkpoint_is_replaced(a: Path, tmp_path: Path, cli: Any) -> N
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "m.gguf", "old"]
 
 
-@pytest.mark.parametrize("target", [".", "m.gguf", "..", "deeper/b"])
-def test_the_source_is_never_the_target(a: Path, cli: Any, target: str) -> None:
+@pytest.mark.parametrize("target", [".", "..", "../link"])
+def test_what_is_read_is_not_replaced(a: Path, cli: Any, target: str) -> None:
+    (a.parent / "link").symlink_to("a")
     before = listing(a)
     ended = cli("convert", a, a / target)
-    assert ended.code == 2 and "holds the source, or lies in it" in ended.line
+    assert ended.code == 2 and "would replace the checkpoint that is read" in ended.line
     assert listing(a) == before
+
+
+def test_new_files_beside_the_weights(a: Path, cli: Any) -> None:
+    """Where llama.cpp's own converter writes by default."""
+    digest = checkpoint.read(a).digest
+    for _ in range(2):  # the second time in place of the first one's file
+        assert cli("convert", a, a / "m-f32.gguf").code == 0
+        assert cli("convert", a, a / "deeper" / "b").code == 0
+    assert {checkpoint.read(path).digest for path in (a, a / "m-f32.gguf", a / "deeper" / "b")
+            } == {digest}
+    assert cli("convert", a / "m-f32.gguf", a / "n.gguf", "--dtype", "bfloat16", "--lossy"
+               ).code == 0
+    for name in ("m.gguf", "../x/m.gguf"):
+        assert cli("convert", a / "m-f32.gguf", a / name).code == 0
+    assert checkpoint.read(a.parent / "x" / "m.gguf").digest == digest
+
+
+def test_a_gguf_file_is_not_written_over_itself(a: Path, tmp_path: Path, cli: Any) -> None:
+    """By whatever path: a link, a hard link, another way to it, the Hub's cache; nor is the folder
+    that holds it replaced."""
+    blob = tmp_path / "models--o--n" / "blobs" / "abc"
+    place = tmp_path / "models--o--n" / "snapshots" / "1"
+    blob.parent.mkdir(parents=True)
+    place.mkdir(parents=True)
+    assert cli("convert", a, blob, "--to", "gguf").code == 0
+    (place / "m.gguf").symlink_to("../../blobs/abc")
+    (tmp_path / "other").symlink_to(place)
+    os.link(blob, tmp_path / "hard.gguf")
+    before = blob.read_bytes()
+    for source in (place / "m.gguf", place):
+        for target in (place / "m.gguf", blob, tmp_path / "other" / "m.gguf",
+                       place / ".." / "1" / "m.gguf", tmp_path / "hard.gguf"):
+            ended = cli("convert", source, target, "--to", "gguf")
+            assert ended.code == 2 and "would replace the checkpoint that is read" in ended.line
+    ended = cli("convert", blob, blob.parent)
+    assert ended.code == 2 and "would replace the checkpoint that is read" in ended.line
+    assert blob.read_bytes() == before and (place / "m.gguf").is_symlink()
+    assert cli("convert", place, place / "b").code == 0
 
 
 @pytest.mark.parametrize(("arguments", "says"), [
     (["a", "b", "--to", "zip"], "unknown form 'zip'"),
     (["a", "b", "--dtype", "q8_0"], "'q8_0' is not a dtype of hf files"),
     (["a", "m.gguf", "--dtype", "int3"], "'int3' is not a dtype of gguf files"),
-    (["gone", "b"], "no such folder"),
+    (["gone", "b"], "no such file or folder"),
     (["gone.gguf", "b"], "gone.gguf"),
     (["vicugna", "m.gguf", "--lossy"], "our own architecture cannot be represented"),
 ])

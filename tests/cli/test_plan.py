@@ -143,7 +143,7 @@ def test_hub_ids_of_known_models(cli: Any) -> None:
     (["llama-3.1-8b", "--price", "nan"], ["price of nan"]),
     (["llama-3.1-8b", "--price", "1e308"], ["price of 1e+308"]),
     (["llama-3.1-8b", "--utilisation", "1e-320"], ["makes no sense"]),
-    (["/dev/zero"], ["/dev/zero", "not a regular one"]),
+    (["/dev/zero"], ["/dev/zero", "a regular file"]),
     (["llama-3.1-8b", "--context", "many"], ["context"])])
 def test_wrong_words(arguments: list[str], words: list[str], cli: Any) -> None:
     ended = cli("plan", *arguments)

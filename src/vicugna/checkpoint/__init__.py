@@ -2,7 +2,8 @@
 
 from vicugna.checkpoint.checkpoint import Checkpoint, Origin
 from vicugna.checkpoint.digest import digest
-from vicugna.checkpoint.load import download, read, survey
+from vicugna.checkpoint.load import read, survey
+from vicugna.checkpoint.source import download
 from vicugna.checkpoint.state_dict import named_tensors
 from vicugna.checkpoint.survey import Survey, default_generation_config
 

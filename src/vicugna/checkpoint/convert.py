@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vicugna.checkpoint import load as loading
 from vicugna.checkpoint import state_dict
+from vicugna.checkpoint.foreign import start
 from vicugna.checkpoint.gguf import keys, writer
 from vicugna.checkpoint.gguf.file import MAGIC
 from vicugna.checkpoint.hf import directory
@@ -144,21 +145,17 @@ def _foresee(losses: Losses, config: dict[str, Any], dtype: str | None, extras: 
 
 
 def _check_target(source: Path, target: Path, form: str) -> None:
-    """Raise VicugnaError for a target that holds something else, or the source."""
-    source, resolved = source.resolve(), target.resolve()
-    if resolved == source or source in resolved.parents or resolved in source.parents:
-        raise VicugnaError("the target holds the source, or lies in it", str(target),
-                           "Choose another place")
-    if form == "gguf" and target.exists():
-        with disk_errors(target):
-            if target.is_dir():
-                raise VicugnaError("a folder stands where the file should be", str(target),
-                                   "Name a file in it, such as model.gguf")
-            if not target.is_file() or _start(target) != MAGIC:
-                raise VicugnaError("there is a file of another kind, which would be lost",
-                                   str(target), "Choose another name")
-
-
-def _start(path: Path) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(4)
+    """Raise VicugnaError for a target that holds something else, or what is read. A new file or
+    folder in the source's folder is fine."""
+    with disk_errors(target):
+        if ((target.exists() and target.samefile(source))
+                or (form == "hf" and target.resolve() in source.resolve().parents)):
+            raise VicugnaError("it would replace the checkpoint that is read", str(target),
+                               "Choose another place")
+        if form == "gguf" and target.is_dir():
+            raise VicugnaError("a folder stands where the file should be", str(target),
+                               "Name a file in it, such as model.gguf")
+        if form == "gguf" and target.exists() and not (
+                target.is_file() and start(target) == MAGIC):
+            raise VicugnaError("there is a file of another kind, which would be lost", str(target),
+                               "Choose another name")

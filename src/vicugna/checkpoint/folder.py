@@ -3,6 +3,7 @@
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from vicugna.checkpoint.foreign import check_pointer
 from vicugna.checkpoint.stored import broken
 from vicugna.errors import VicugnaError
 from vicugna.files import canonical, read_json
@@ -25,6 +26,7 @@ def inside(folder: Path, name: str) -> Path:
                            "Put the file itself there, if you trust where it comes from")
     if not target.is_file():  # a pipe would hang
         raise broken("no such file, or not a regular one", folder / name)
+    check_pointer(target)
     return folder / name
 
 

@@ -9,8 +9,8 @@ from vicugna.cli import output
 
 
 def convert(
-    source: Annotated[str, typer.Argument(metavar="A", help="A Hugging Face style folder, a folder "
-                                          "of Meta's original files, a .gguf file, or a Hub id.")],
+    source: Annotated[str, typer.Argument(metavar="A", help="A folder (Hugging Face, Meta), a GGUF "
+                                          "file, a Hub id, or smollm2 (make smollm2).")],
     target: Annotated[str, typer.Argument(metavar="B", help="The folder or .gguf file to write.")],
     to: Annotated[str | None, typer.Option(help="hf or gguf; else what B looks like.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; for GGUF also "

@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # it imports PyTorch, which takes seconds: not for --help
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 ModelArgument = Annotated[str, typer.Argument(
-    help="A folder (Hugging Face, Meta), a GGUF file, or a Hub id.")]
+    help="A folder (Hugging Face, Meta), a GGUF file, a Hub id, or smollm2 (make smollm2).")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto (as stored).")]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, ...")]
 

@@ -17,7 +17,7 @@ import yaml
 
 from vicugna import checkpoint
 from vicugna.checkpoint.folder import read_object
-from vicugna.checkpoint.gguf import reader as gguf
+from vicugna.checkpoint.source import PACKAGED
 from vicugna.errors import VicugnaError
 from vicugna.files import disk_errors
 from vicugna.models import read_config
@@ -190,12 +190,13 @@ def subject(what: str) -> Subject:
         if wanted in (name, model["source"].lower().replace("-instruct", "")):
             return Subject(name, model["source"], model["config"], model.get("note"))
     path = Path(what).expanduser()
-    if not path.exists():
-        raise VicugnaError("no such model, file or folder", what, nearest(wanted, known))
+    if not path.exists() and what not in PACKAGED:
+        raise VicugnaError("no such model, file or folder", what,
+                           nearest(wanted, [*known, *PACKAGED]))
     if path.suffix in (".yaml", ".yml"):
         return _of_recipe(path)
-    if gguf.recognises(path) or (path.is_dir() and not (path / "config.json").exists()):
-        return Subject(path.stem, what, checkpoint.survey(path).config)
+    if path.suffix != ".json" and not (path / "config.json").exists():
+        return Subject(path.stem, what, checkpoint.survey(what).config)
     path = path / "config.json" if path.is_dir() else path
     file = path.resolve()
     with disk_errors(path):

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vicugna.checkpoint.foreign import check_pointer
 from vicugna.checkpoint.stored import broken, short
 from vicugna.errors import VicugnaError
 
@@ -38,7 +39,7 @@ def package() -> ModuleType:
         import gguf
     except ImportError as error:
         raise VicugnaError("GGUF files need the package gguf", "import gguf",
-                           "pip install 'vicugna[gguf]'") from error
+                           "pip install 'vicugna[gguf]', or: make smollm2") from error
     return gguf
 
 
@@ -118,6 +119,7 @@ class _Header:
 def scan(path: Path) -> tuple[dict[str, Any], dict[str, Entry]]:
     """The keys and the tensors of a GGUF file, which is mapped, not read.
     VicugnaError for a malformed file; OSError."""
+    check_pointer(path)
     header = _Header(path)
     if bytes(header.take(min(4, len(header.data)))) != MAGIC:
         raise broken("not a GGUF file", path)

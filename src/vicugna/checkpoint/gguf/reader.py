@@ -6,6 +6,7 @@ GGUF's own keys say.
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,10 +16,12 @@ import torch
 from torch import Tensor
 
 from vicugna.checkpoint.folder import JSON_BYTES
+from vicugna.checkpoint.foreign import start
 from vicugna.checkpoint.gguf import keys, vocabulary
 from vicugna.checkpoint.gguf.file import (
     DTYPES,
     F32,
+    MAGIC,
     Entry,
     decode,
     scan,
@@ -36,16 +39,37 @@ from vicugna.checkpoint.survey import Survey, default_generation_config
 from vicugna.errors import VicugnaError
 
 EXPERTS = 2**12
+SHARD = re.compile(r"-\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)
+KINDS_OF_FILES = {"mmproj": "the vision encoder of a model (mmproj)", "adapter": "a LoRA adapter",
+                  "imatrix": "an importance matrix"}
 
 
 def recognises(path: Path) -> bool:
-    """Whether `path` is a file that is called what GGUF files are."""
-    return path.suffix.lower() == ".gguf" and path.is_file()
+    """Whether `path` is a GGUF file, by its first bytes or its name, or a folder with some."""
+    if path.is_dir():
+        return bool(_files(path))
+    return path.is_file() and (path.suffix.lower() == ".gguf" or start(path) == MAGIC)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() == ".gguf")
+
+
+def _chosen(folder: Path) -> Path:
+    """The one model in a folder of GGUF files; VicugnaError if it has several."""
+    files = _files(folder)
+    models = [path for path in files if "mmproj" not in path.name.lower()] or files
+    if len(models) > 1 and not all(SHARD.search(path.name) for path in models):
+        names = ", ".join(path.name for path in models[:5]) + ", ..." * (len(models) > 5)
+        raise VicugnaError(f"{len(models)} GGUF files: {names}", str(folder),
+                           f"Name one of them: {models[0]}")
+    return models[0]
 
 
 def survey(path: Path) -> Survey:
     """What a GGUF file says of itself, as if it were a Hugging Face folder.
     Raises VicugnaError; OSError."""
+    path = _chosen(path) if path.is_dir() else path
     metadata, entries = scan(path)
     try:
         config = _config(metadata, entries)
@@ -64,7 +88,10 @@ def survey(path: Path) -> Survey:
 
 def _config(metadata: Mapping[str, Any], entries: Mapping[str, Entry]) -> dict[str, Any]:
     """config.json: the one that we wrote, if GGUF's own keys say the same; else made from them."""
-    architecture = str(metadata.get("general.architecture"))
+    architecture, kind = (str(metadata.get(f"general.{key}")) for key in ("architecture", "type"))
+    if architecture == "clip" or kind in KINDS_OF_FILES:
+        raise VicugnaError(KINDS_OF_FILES.get(kind, KINDS_OF_FILES["mmproj"]) + ", not a model", "",
+                           "Name the GGUF file of the model itself")
     if architecture not in ARCHITECTURES.values():
         raise VicugnaError(f"architecture {short(architecture)} is not read from GGUF", "",
                            f"Known: {', '.join(sorted({*ARCHITECTURES.values()}))}")

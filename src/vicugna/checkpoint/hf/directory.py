@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vicugna.checkpoint import foreign
 from vicugna.checkpoint.folder import inside, read_object
 from vicugna.checkpoint.hf import weights
 from vicugna.checkpoint.stored import Stored, broken, short
@@ -36,14 +37,14 @@ CHECKPOINT_FILE = re.compile("|".join([
     r"model(-\d+-of-\d+)?\.safetensors", r"modeling_\w+\.py",
     *map(re.escape, ("config.json", "generation_config.json", weights.INDEX, *KEPT_FILES))]))
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+METHODS = {"gptq": "GPTQ", "awq": "AWQ"}
 INDEX_BYTES = 20 * 10**6  # an index of 150,000 tensors
 KEPT_BYTES = 50 * 10**6  # of all of them; the largest tokenizer.json has 33
 
 
 def recognises(folder: Path) -> bool:
-    """Whether `folder` is read here: any folder is, if only to say what is missing in it."""
-    return folder.is_dir()
+    """Whether `folder` holds weights of this form."""
+    return any(os.path.lexists(folder / name) for name in (weights.SINGLE, weights.INDEX))
 
 
 def files_in(folder: Path) -> list[Path]:
@@ -54,9 +55,11 @@ def files_in(folder: Path) -> list[Path]:
 
 def survey(folder: Path) -> Survey:
     """What the folder says of itself. Raises VicugnaError; OSError."""
+    if any((folder / name).exists() for name in foreign.EMBEDDING):
+        raise foreign.explain(folder)
     config = read_object(folder, "config.json")
     block = _fp8_block(config, folder)
-    stored = weights.scaled(_scan(folder), block)
+    stored = weights.scaled(weights.unwrapped(_scan(folder)), block)
     generation_config = (read_object(folder, "generation_config.json")
                          if os.path.lexists(folder / "generation_config.json") else {})
     files = _kept_files(folder)
@@ -78,17 +81,21 @@ def _kept_files(folder: Path) -> dict[str, bytes]:
 def _fp8_block(config: Mapping[str, Any], folder: Path) -> tuple[int, int] | None:
     """Rows and columns that share a scale in a block-scaled FP8 checkpoint; None if not quantised.
     VicugnaError for other kinds of quantised weights."""
-    how = config.get("quantization_config")
+    how = config.get("quantization_config", config.get("quantization"))  # MLX's key
     if how is None:
         return None
     how = how if isinstance(how, dict) else {"quant_method": how}
     kind, block = how.get("quant_method"), how.get("weight_block_size")
+    if "quantization" in config and kind is None:
+        kind = f"MLX, {how.get('bits')} bits"
     if ((kind, how.get("activation_scheme")) == ("fp8", "dynamic") and isinstance(block, list)
             and len(block) == 2 and all(type(n) is int and 1 <= n <= 4096 for n in block)):
         return block[0], block[1]
-    raise VicugnaError(f"its weights are quantised ({short(str(kind))}), which is not read",
-                       str(folder), "Use the unquantised checkpoint, or one in FP8 whose "
-                       "weight_block_size is two sizes and activation_scheme dynamic")
+    fp8 = (", or one in FP8 whose weight_block_size is two sizes and activation_scheme dynamic"
+           if kind == "fp8" else ", or a GGUF file of the model")
+    method = short(METHODS.get(str(kind), str(kind)))
+    raise VicugnaError(f"its weights are quantised ({method}), which is not read", str(folder),
+                       "Use the unquantised checkpoint" + fp8)
 
 
 def _scan(folder: Path) -> dict[str, Stored]:
@@ -96,10 +103,6 @@ def _scan(folder: Path) -> dict[str, Stored]:
     inside the folder and holds what the index says."""
     if os.path.lexists(folder / weights.SINGLE):
         return weights.scan([inside(folder, weights.SINGLE)])
-    if not (folder / weights.INDEX).exists():
-        pickles = sorted(path for path in folder.iterdir() if path.suffix in PICKLES)
-        raise refusal(pickles[0]) if pickles else broken(
-            f"neither {weights.SINGLE} nor {weights.INDEX} is there", folder)
     shards = read_object(folder, weights.INDEX, INDEX_BYTES).get("weight_map")
     if not isinstance(shards, dict) or not all(
             isinstance(name, str) and name.isprintable() and len(name) < 256
@@ -107,19 +110,13 @@ def _scan(folder: Path) -> dict[str, Stored]:
         raise broken("weight_map does not give each tensor a file", folder / weights.INDEX)
     names = sorted(set(shards.values()))
     if others := [name for name in names if not name.endswith(".safetensors")]:
-        raise refusal(folder / others[0])
+        raise VicugnaError(foreign.PICKLE, str(folder / others[0]), foreign.SAFETENSORS)
     found = weights.scan([inside(folder, name) for name in names])
     for name, file in shards.items():
         if name not in found or found[name].file != folder / file:
             raise broken(f"weight_map gives {short(name)} to {file}, which does not hold it",
                          folder / weights.INDEX)
     return found
-
-
-def refusal(path: Path) -> VicugnaError:
-    return VicugnaError("refused: only safetensors weights are read, since pickled files can run "
-                        "code when they are opened", str(path),
-                        "Use the safetensors form of this checkpoint")
 
 
 def write_tensors(folder: str | Path, found: Survey, tensors: Mapping[str, Stored]) -> None:

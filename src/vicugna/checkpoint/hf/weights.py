@@ -5,6 +5,7 @@ gaps (https://github.com/huggingface/safetensors#format).
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vicugna.checkpoint import foreign
 from vicugna.checkpoint.stored import FP8, Mapped, Stored, broken, raw_bytes, short, where
 from vicugna.errors import VicugnaError
 from vicugna.files import write_json
@@ -25,6 +27,11 @@ HEADER_BYTES = 3 * 10**6  # some 25,000 tensors in one file; more only serves to
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SCALE = "_scale_inv"
+# Of torch.compile, FSDP and activation checkpointing, which may wrap parts of a model as well; and
+# of DistributedDataParallel, DeepSpeed, PEFT and Lightning, which wrap the whole.
+WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+PREFIXES = ("module.", "_forward_module.", "base_model.model.", "model.")
+LORA = re.compile(r"\.(lora_\w+|base_layer)(\.|$)")
 
 
 def scan(files: Iterable[Path]) -> dict[str, Stored]:
@@ -92,6 +99,27 @@ def _check_entry(name: str, entry: Any, path: Path, start: int) -> Stored:
         raise broken(f"shape {shape} of {entry['dtype']} takes {tensor.nbytes:,} bytes, but the "
                      f"header gives it {given:,}", tensor.where)
     return tensor
+
+
+def unwrapped(stored: Mapping[str, Stored]) -> dict[str, Stored]:
+    """`stored` by the names of the model itself, where what wrapped it when it was saved put names
+    of its own before all of them. VicugnaError for unmerged LoRA weights."""
+    names = {name: WRAPPERS.sub("", name) for name in stored}
+    while prefix := next((prefix for prefix in PREFIXES if all(
+            name.startswith(prefix) for name in names.values())), None) if names else None:
+        if prefix == "model." and not any(x.startswith("model.model.") for x in names.values()):
+            break  # the model's own
+        names = {name: new.removeprefix(prefix) for name, new in names.items()}
+    for name, new in names.items():
+        if LORA.search(new):
+            raise VicugnaError("a LoRA adapter that was not merged into the weights",
+                               stored[name].where, foreign.MERGE)
+    found = {new: stored[name] if new == name else replace(stored[name], name=new)
+             for name, new in names.items()}
+    if len(found) < len(stored):
+        raise broken("with the wrappers' names taken off, some tensors have the same name",
+                     next(iter(stored.values())).file)
+    return found
 
 
 def scaled(stored: Mapping[str, Stored], block: tuple[int, int] | None) -> dict[str, Stored]:

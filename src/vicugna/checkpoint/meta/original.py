@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from vicugna.checkpoint.folder import inside, read_object
-from vicugna.checkpoint.hf import weights
 from vicugna.checkpoint.meta import params as meta_params
 from vicugna.checkpoint.meta import pth
 from vicugna.checkpoint.meta.params import Params
@@ -206,10 +205,7 @@ class Original:
 
 
 def find(folder: Path) -> Path | None:
-    """Where Meta's files lie: in `folder` or its `original`; None if there are none, or if weights
-    in Hugging Face's form are there too. OSError."""
-    if (folder / weights.SINGLE).exists() or (folder / weights.INDEX).exists():
-        return None
+    """Where Meta's files lie: in `folder` or its `original`; None if there are none. OSError."""
     places = (place for place in (folder, folder / "original") if (place / "params.json").exists())
     return next((place for place in places if _files(place)), None)
 
