@@ -39,15 +39,10 @@ def test_items_are_planned_with_their_context(tmp_path: Path) -> None:
     assert task.item(1, Difficulty()).messages[1]["content"].endswith("When?")
 
 
-@pytest.mark.parametrize("answer, response, counts", [
-    ("Ann Lee", "ann  lee", True), ("Ann Lee", "It was Ann\nLee.", True),
-    ("Ann Lee", "Joann Lee", False), ("4", "42", False), ("4", "The answer is 4.", True),
-    ("5", "3.5", False), ("5", "5.3", False), ("5", "-5", False), ("-5", "it is -5", True),
-    ("Ann Lee", "", False), ("8715", "8715", True), ("C++", "I use C++", True),
-    ("1,000", "1,000.", True), ("1", "1,000", False)])
-def test_scoring(tmp_path: Path, answer: str, response: str, counts: bool) -> None:
-    task = UserItems(write(tmp_path, {"prompt": "?", "answers": ["never", answer]}))
-    assert task.score(task.items[0], response) == counts
+def test_any_of_the_answers_counts(tmp_path: Path) -> None:
+    task = UserItems(write(tmp_path, {"prompt": "?", "answers": ["four", "4"]}))
+    assert [task.score(task.items[0], reply) for reply in ("4.0", "It is four.", "five")] == [
+        1.0, 1.0, 0.0]
 
 
 GOOD = {"prompt": "Who?", "answers": ["Ann"]}

@@ -4,12 +4,11 @@
     {"prompt": "Who signed it?", "context_file": "contract.txt", "answers": ["Ann Lee", "A. Lee"]}
 
 `context_file` (a path beside the JSONL file) is put before the last message. Any of the `answers`
-counts, as the whole reply or as words within it; case, white space and punctuation at the ends do
-not matter. `task` names the row of the table. Items with one context file share a cluster.
+counts, by the rule of matching.py. `task` names the row of the table. Items with one context file
+share a cluster.
 """
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from vicugna.chat import check_messages
 from vicugna.errors import VicugnaError
+from vicugna.evals.matching import matches
 from vicugna.evals.plan import PlannedItem, plan_item, sort_plan
 from vicugna.files import canonical, read_text
 from vicugna.tasks import Difficulty, Item
@@ -48,11 +48,8 @@ class UserItems:
         return self.items[seed]
 
     def score(self, item: Item, response: str) -> float:
-        """1.0 if any answer is the response, or stands in it as words or a number of its own."""
-        given = _plain(response)
-        return float(any(
-            re.search(rf"(?<![\w-])(?<!\d[.,]){re.escape(_plain(answer))}(?!\w|[.,]\d)", given)
-            for answer in item.metadata["answers"]))
+        """1.0 if the response gives any of the answers (matching.py), else 0.0."""
+        return float(any(matches(answer, response) for answer in item.metadata["answers"]))
 
 
 def plan_items(path: str | Path, tokenizer: Tokenizer, max_new_tokens: int = 128
@@ -76,8 +73,8 @@ def _item(line: str, index: int, path: Path, where: str) -> Item:
         raise VicugnaError(f"not valid JSON: {error}", where, "Correct the line") from error
     if (asked.messages is None) == (asked.prompt is None):
         raise VicugnaError("it needs messages or prompt, one of them", where, "Correct the line")
-    if not all(map(_plain, asked.answers)):
-        raise VicugnaError("an answer has no words in it", where, 'Write "answers": ["..."]')
+    if not all(map(str.strip, asked.answers)):
+        raise VicugnaError("an answer is empty", where, 'Write "answers": ["..."]')
     messages = asked.messages or [{"role": "user", "content": asked.prompt}]
     check_messages(messages, where, images=False)
     if messages[-1]["role"] == "assistant":
@@ -87,11 +84,9 @@ def _item(line: str, index: int, path: Path, where: str) -> Item:
             text = read_text(path.parent / asked.context_file)
         except VicugnaError as error:
             raise VicugnaError(f"{asked.context_file}: {error.what}", where, error.fix) from error
-        messages[-1]["content"] = f"{text}\n\n{messages[-1]['content']}"
+        content = messages[-1]["content"]
+        messages[-1]["content"] = f"{text}\n\n{content}" if isinstance(content, str) else [
+            {"type": "text", "text": f"{text}\n\n"}, *content]
     solution = {"role": "assistant", "content": asked.answers[0]}
     return Item(UserItems.name, index, Difficulty(), messages, asked.answers[0], solution,
                 {"answers": asked.answers, "group": asked.task, "cluster": asked.context_file})
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.casefold().split()).strip(" .,;:!?\"'`*()[]")
