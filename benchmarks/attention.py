@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vicugna.models.layers.attention import Dense, Span
+from vicugna.models.layers.attention import Dense
+from vicugna.models.layers.mask import Span
 
 SHAPES = {  # rows, tokens, query heads, key/value heads, head width
     "8 x 512, 3/3 heads of 64": (8, 512, 3, 3, 64),

@@ -61,9 +61,9 @@ class Model(checkpoint.Checkpoint):
                images: Tensor | None = None) -> Tensor:
         """Logits after every token, float32 [B, T, V], from one forward pass without a cache.
 
-        `images`, for a network that sees, are pixel values [tiles, 3, H, W], in the order of the
-        image tokens that stand for them. VicugnaError unless the tokens are a rectangle [B, T] of
-        ids in the vocabulary, and the images fit them."""
+        `images`, for a network with a vision encoder, are pixel values [tiles, 3, H, W], in the
+        order of their image tokens. VicugnaError unless the tokens are a rectangle [B, T] of ids in
+        the vocabulary, and the images fit them."""
         try:
             tokens = torch.as_tensor(tokens_BT)
         except (TypeError, ValueError, RuntimeError) as error:
@@ -78,13 +78,13 @@ class Model(checkpoint.Checkpoint):
                                "Use this model's tokenizer")
         tokens = tokens.to(self.network.lm_head.weight.device, torch.long)
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
-        seen = {}
+        vision = {}
         if images is not None:
             if not hasattr(self.network, "vision_model"):
-                raise VicugnaError("of this model only text is read: it has no vision encoder here",
+                raise VicugnaError("this is a text-only model: it has no vision encoder",
                                    "logits", "Leave images out")
-            seen["images"] = torch.as_tensor(images).to(tokens.device)
-        return self.network.lm_head(self.network(tokens, positions, Dense(), **seen)).float()
+            vision["images"] = torch.as_tensor(images).to(tokens.device)
+        return self.network.lm_head(self.network(tokens, positions, Dense(), **vision)).float()
 
     def generate(self, prompt: Prompt, **settings: Any) -> Generation:
         """Continue or answer a prompt (see `read`). `settings` are engine.Sampling's:

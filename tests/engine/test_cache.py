@@ -10,7 +10,8 @@ from tiny_networks import plain_logits, random_network, random_prompts
 
 from vicugna.engine import Cache, cache
 from vicugna.models.layers import attention
-from vicugna.models.layers.attention import Dense, Span
+from vicugna.models.layers.attention import Dense
+from vicugna.models.layers.mask import Span
 
 KINDS = ("llama", "vicugna")
 
@@ -59,7 +60,7 @@ def test_long_prompt_in_real_blocks(kind):
 
 @settings(max_examples=20, deadline=None)
 @given(kind=st.sampled_from(KINDS), rows=st.lists(st.integers(0, 2), min_size=1, max_size=6))
-def test_keep_goes_on_with_the_chosen_rows(kind, rows):
+def test_select_continues_with_the_chosen_rows(kind, rows):
     network, prompts = random_network(kind), random_prompts([3, 11, 7])
     more = random_prompts([9] * len(rows), seed=1)
     pads = [11 - len(prompt) for prompt in prompts]
@@ -68,7 +69,7 @@ def test_keep_goes_on_with_the_chosen_rows(kind, rows):
     attend = Cache(pads)
     with torch.no_grad():
         network(tokens, positions, attend)
-        attend.keep(rows)
+        attend.select(rows)
         for step in range(9):
             now = torch.tensor([[row[step]] for row in more])
             where = torch.tensor([[len(prompts[row]) + step] for row in rows])
@@ -78,7 +79,7 @@ def test_keep_goes_on_with_the_chosen_rows(kind, rows):
         assert (logits[b] - expected).abs().max() < 1e-4
 
 
-def test_window_layers_forget_and_global_ones_do_not():
+def test_window_layers_drop_columns_and_global_ones_do_not():
     attend = Cache([0])
     for T in [700, *[1] * 700]:
         x = torch.randn(1, T, 2, 4)
@@ -86,7 +87,7 @@ def test_window_layers_forget_and_global_ones_do_not():
         attend(1, x, x, x, Span())
         rows = torch.randn(1, T, 6)
         assert attend.conv_state(0, rows, 3).shape == (1, 3, 6)
-    windowed, whole = attend._stores[0].kept[0], attend._stores[1].kept[0]
+    windowed, whole = attend._layers[0].buffers[0], attend._layers[1].buffers[0]
     assert windowed.shape[2] <= 8 + 1 + cache._SPARE
     assert 1400 <= whole.shape[2] <= 1400 + cache._SPARE
     assert attend._conv_states[0].untyped_storage().nbytes() == 3 * 6 * 4
@@ -100,12 +101,13 @@ def test_conv_state_is_the_preceding_rows():
     assert torch.equal(attend.conv_state(0, x[:, 9:], 2), x[:, 7:9])
 
 
-def test_no_query_sees_nothing():
+def test_no_query_is_masked_from_every_key():
     attend = Cache([3, 0, 5])
-    masks = [attend._by_row(torch.zeros(1, end), 0, None) for end in (1, 4, 9)]
-    for chunk in (None, 1, 3):
-        masks.append(attend._by_row(attend._corner(chunk, 6, 6, masks[0]), 0, chunk))
-        masks.append(attend._by_row(attend._corner(chunk, 4, 5, masks[0]), 1, chunk))
+    like = torch.zeros(1)
+    masks = [attend._row_masks(1, range(end), Span(), like) for end in (1, 4, 9)]
+    for span in (Span(), Span(window=1), Span(window=3), Span(chunk=1), Span(chunk=3)):
+        masks.append(attend._row_masks(6, range(6), span, like))
+        masks.append(attend._row_masks(4, range(1, 6), span, like))
     for mask in masks:
         assert bool((mask == 0).any(-1).all())
 

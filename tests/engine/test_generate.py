@@ -160,8 +160,8 @@ def test_cancelling_stops(polls):
 
 @pytest.mark.parametrize(("prompts", "sampling", "message"), [
     ([[1], []], Sampling(), "prompt 2: the prompt is empty"),
-    ([[1, 61]], Sampling(), "reach from 1 to 61, but the vocabulary has 61"),
-    ([[-1]], Sampling(), "reach from -1 to -1"),
+    ([[1, 61]], Sampling(), "token ids from 1 to 61, but the vocabulary has 61"),
+    ([[-1]], Sampling(), "ids from -1 to -1"),
     ([[1]], Sampling(stop=("a",)), "stop strings need a tokenizer"),
     ([[1]], [Sampling()] * 2, "1 prompts but 2 samplings")])
 def test_wrong_input_is_named(prompts, sampling, message):

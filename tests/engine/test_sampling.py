@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from vicugna.engine import Sampling, sampling
-from vicugna.engine.sampling import Sampler, invert, truncate
+from vicugna.engine.sampling import Sampler, inverse_cdf, truncate
 from vicugna.errors import VicugnaError
 
 CPU = torch.device("cpu")
@@ -59,11 +59,11 @@ def test_filters_equal_transformers(seed, rows, prefix, k, p, m, spread):
 def test_inverse_has_exactly_the_given_shares():
     weights = torch.tensor([0.0, 0.1, 0.0, 0.25, 0.65, 0.0]) * 3  # need not be normalised
     grid = (torch.arange(20000, dtype=torch.float64)[:, None] + 0.5) / 20000
-    tokens = invert(weights.expand(20000, -1), grid)[:, 0]
+    tokens = inverse_cdf(weights.expand(20000, -1), grid)[:, 0]
     shares = torch.bincount(tokens, minlength=6) / 20000
     assert torch.allclose(shares, weights / 3, atol=1e-4)
     edges = torch.tensor([[0.0], [1 - 2**-53]], dtype=torch.float64)
-    assert invert(weights.expand(2, -1), edges).flatten().tolist() == [1, 4]
+    assert inverse_cdf(weights.expand(2, -1), edges).flatten().tolist() == [1, 4]
 
 
 MIXED = [Sampling(temperature=1.0, seed=3), Sampling(), Sampling(temperature=0.7, top_k=5, seed=4),
@@ -85,7 +85,7 @@ def test_a_row_does_not_depend_on_its_batch():
     sampler = Sampler(MIXED, [0] * len(MIXED), CPU)
     for step in logits[:70]:
         sampler.choose(step)
-    sampler.keep([3, 0])
+    sampler.select([3, 0])
     rest = [sampler.choose(step[[3, 0]])[0] for step in logits[70:]]
     assert [tuple(row) for row in zip(*rest, strict=True)] == [together[3][70:], together[0][70:]]
 
@@ -119,5 +119,5 @@ def test_broken_logits_are_reported(bad):
     logits = torch.zeros(2, 9)
     logits[1, 4] = bad
     for own in (Sampling(), Sampling(temperature=1.0), Sampling(temperature=1.0, top_p=0.5)):
-        with pytest.raises(VicugnaError, match="not finite"):
+        with pytest.raises(VicugnaError, match="NaN or infinite"):
             Sampler([own] * 2, [0, 0], CPU).choose(logits)

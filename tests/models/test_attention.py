@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vicugna.models.layers.attention import WIDE, Dense, Span
+from vicugna.models.layers.attention import WIDE, Dense
+from vicugna.models.layers.mask import Span
 
 
 def plain(q, k, v, positions_BT, window):

@@ -15,7 +15,8 @@ from vicugna.cli import planning
 from vicugna.engine.cache import Cache
 from vicugna.errors import VicugnaError
 from vicugna.models import counts
-from vicugna.models.layers.attention import Dense, Span
+from vicugna.models.layers.attention import Dense
+from vicugna.models.layers.mask import Span
 
 Config = dict[str, Any]
 Sizes = tuple[int, int]  # total, and active for one token of text
@@ -257,8 +258,8 @@ def test_notes_equal_what_the_engine_keeps(config: Config) -> None:
     tokens = torch.zeros(1, 7, dtype=torch.long)
     with torch.no_grad():
         network(tokens, torch.arange(7)[None], cache)
-    held = sum(part[:, :, : store.filled].numel()
-               for store in cache._stores.values() for part in store.kept)
+    held = sum(part[:, :, : layer.filled].numel()
+               for layer in cache._layers.values() for part in layer.buffers)
     assert held == made.cached(7)
 
 

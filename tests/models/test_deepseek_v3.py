@@ -89,9 +89,9 @@ def test_training_meets_the_keys_and_values_of_every_head(tiny):
 def test_the_cache_holds_one_latent_and_one_key_a_token(tiny):
     ours, cache = tiny[1], Cache([0])
     parity.logits_of(ours, parity.random_tokens(1, 9), attend=cache)
-    for store in cache._stores.values():
-        (kept,) = store.kept  # no values beside the keys
-        assert (kept.shape[1], kept.shape[3], store.filled) == (1, 18 + 8, 9)
+    for layer in cache._layers.values():
+        (latents,) = layer.buffers  # no values beside the keys
+        assert (latents.shape[1], latents.shape[3], layer.filled) == (1, 18 + 8, 9)
 
 
 def test_packed_documents_equal_documents_alone(tiny):

@@ -7,7 +7,7 @@ from transformers import MinistralConfig, MistralConfig
 
 from vicugna import models
 from vicugna.errors import VicugnaError
-from vicugna.models.layers.attention import Span
+from vicugna.models.layers.mask import Span
 
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 

@@ -117,7 +117,7 @@ def test_images_are_refused():
         **TEXT, "vocab_size": tok.vocab_size}})
     models.initialise(network, 0)
     model = vicugna.Model(network, tok)
-    with pytest.raises(VicugnaError, match="only text is read"):
+    with pytest.raises(VicugnaError, match="text-only model"):
         model.logits([[1, 9, 2]], images=torch.zeros(1, 3, 28, 28))
     chat = [{"role": "user", "content": "hi"}]
     assert model.generate(chat, max_new_tokens=3).usage["completion_tokens"] > 0

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vicugna.errors import VicugnaError
 
-_PREFIX = 128  # most likely tokens looked at before a whole vocabulary is sorted
+_PREFIX = 128  # most likely tokens tried before the whole vocabulary is sorted
 TopLogprobs = list[tuple[int, float]]
 
 
@@ -63,8 +63,8 @@ class Sampler:
             for s, c in zip(samplings, copies, strict=True)]
         self._arrange()
 
-    def keep(self, rows: list[int]) -> None:
-        """Go on with these rows of the batch only."""
+    def select(self, rows: list[int]) -> None:
+        """Continue with these rows of the batch only."""
         self._samplings = [self._samplings[row] for row in rows]
         self._streams = [self._streams[row] for row in rows]
         self._arrange()
@@ -90,7 +90,7 @@ class Sampler:
         logits_BV = logits_BV.float()
         best = logits_BV.max(dim=-1, keepdim=True)
         if not bool(best.values.isfinite().all()):
-            raise VicugnaError("the network's output is not finite", "generation",
+            raise VicugnaError("the logits are NaN or infinite", "generation",
                                "Its weights are damaged, or training diverged")
         uniform_B1 = torch.tensor([[stream.random()] for stream in self._streams],
                                   dtype=torch.float64, device=self._device)
@@ -101,10 +101,10 @@ class Sampler:
             score_RV = (logits_BV[rows] - best.values[rows]).div_(temperature_R1.float())
             probs_RV = torch.softmax(score_RV, dim=-1)
             if filtered:
-                kept_RN, order_RN = truncate(probs_RV, k_R1, p_R1, min_R1)
-                tokens_B1[rows] = order_RN.gather(1, invert(kept_RN, uniform_B1[rows]))
+                nucleus_RN, order_RN = truncate(probs_RV, k_R1, p_R1, min_R1)
+                tokens_B1[rows] = order_RN.gather(1, inverse_cdf(nucleus_RN, uniform_B1[rows]))
             else:
-                tokens_B1[rows] = invert(probs_RV, uniform_B1[rows])
+                tokens_B1[rows] = inverse_cdf(probs_RV, uniform_B1[rows])
         logprobs_BV = torch.log_softmax(logits_BV, dim=-1)
         values, top = logprobs_BV.topk(min(self._top, logprobs_BV.shape[1]), dim=-1)
         tops = [list(zip(t[: s.top_logprobs], v[: s.top_logprobs], strict=True))
@@ -112,7 +112,7 @@ class Sampler:
         return tokens_B1[:, 0].tolist(), logprobs_BV.gather(1, tokens_B1)[:, 0].tolist(), tops
 
 
-def invert(weights_RN: Tensor, uniform_R1: Tensor) -> Tensor:
+def inverse_cdf(weights_RN: Tensor, uniform_R1: Tensor) -> Tensor:
     """The index at which the cumulative share of `weights_RN` passes `uniform_R1`, int64 [R, 1];
     never an index of weight 0. Sums are float64."""
     cumulative_RN = weights_RN.cumsum(dim=-1, dtype=torch.float64)

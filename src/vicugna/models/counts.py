@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vicugna import models
 from vicugna.errors import VicugnaError
-from vicugna.models.layers.attention import Span
+from vicugna.models.layers.mask import Span
 from vicugna.models.layers.norm import RMSNorm
 
 MOST = {"num_hidden_layers": 1000, "num_experts": 10**5, "num_local_experts": 10**5,

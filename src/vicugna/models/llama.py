@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from vicugna.models.layers import decoder, rope
-from vicugna.models.layers.attention import Attend, Span
+from vicugna.models.layers.attention import Attend
 from vicugna.models.layers.config import Shape
+from vicugna.models.layers.mask import Span
 from vicugna.models.layers.mlp import SwiGLU
 from vicugna.models.layers.norm import RMSNorm
 

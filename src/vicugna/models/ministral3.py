@@ -14,7 +14,8 @@ from torch import Tensor
 from vicugna.errors import VicugnaError
 from vicugna.models import llama, mistral
 from vicugna.models.layers import decoder
-from vicugna.models.layers.attention import Attend, Span
+from vicugna.models.layers.attention import Attend
+from vicugna.models.layers.mask import Span
 from vicugna.models.layers.mlp import SwiGLU
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0,

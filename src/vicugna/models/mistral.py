@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from vicugna.models.layers import decoder
-from vicugna.models.layers.attention import Span
 from vicugna.models.layers.config import Shape, spans
+from vicugna.models.layers.mask import Span
 from vicugna.models.layers.mlp import SwiGLU
 from vicugna.models.llama import Attention, Layer
 

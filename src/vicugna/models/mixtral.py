@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from vicugna.errors import VicugnaError
 from vicugna.models.layers import decoder
-from vicugna.models.layers.attention import Attend, Span
+from vicugna.models.layers.attention import Attend
 from vicugna.models.layers.config import Shape
+from vicugna.models.layers.mask import Span
 from vicugna.models.layers.moe import Experts, Router
 from vicugna.models.layers.norm import RMSNorm
 from vicugna.models.llama import Attention

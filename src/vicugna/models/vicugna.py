@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from vicugna.errors import VicugnaError
 from vicugna.models.layers import decoder, rope
-from vicugna.models.layers.attention import Attend, Span
+from vicugna.models.layers.attention import Attend
 from vicugna.models.layers.config import Shape
 from vicugna.models.layers.conv import CausalConv
+from vicugna.models.layers.mask import Span
 from vicugna.models.layers.mlp import SwiGLU
 from vicugna.models.layers.moe import MoE
 from vicugna.models.layers.norm import RMSNorm

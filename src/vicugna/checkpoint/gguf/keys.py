@@ -15,7 +15,7 @@ from vicugna import models
 from vicugna.checkpoint.stored import broken, short
 from vicugna.errors import VicugnaError
 from vicugna.models.layers import rope
-from vicugna.models.layers.attention import Span
+from vicugna.models.layers.mask import Span
 
 # model_type -> llama.cpp's architecture.
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "mixtral": "llama", "qwen2": "qwen2",

@@ -4,25 +4,19 @@ A network never holds keys or values itself: it is given `attend`, and calls it 
 Training passes `Dense` from this file; the engine passes one over its cache.
 """
 
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK = 128  # queries met at once on CPU
+from vicugna.models.layers import flex
+from vicugna.models.layers import mask as masks
+from vicugna.models.layers.mask import Span
+
+BLOCK = 128  # queries of a block on CPU
 LONGEST_BLOCKED = 2048  # tokens; beyond, memory matters more than the speed of blocks
-WIDE = 256  # of longer windows, as many queries meet their keys at once
-
-
-@dataclass(frozen=True)
-class Span:
-    """What a layer may see of the earlier positions: all, only the last `window` with itself, or
-    only those of its own `chunk`: positions n * chunk to (n + 1) * chunk - 1."""
-
-    window: int | None = None
-    chunk: int | None = None
+WIDE = 256  # longer windows go by blocks of as many queries
 
 
 class Attend(Protocol):
@@ -50,20 +44,25 @@ class Attend(Protocol):
 class Dense:
     """Attention over exactly the tokens of one call: training, and the reference for caches.
 
-    `positions_BT` marks documents packed in a row: a document begins where positions restart at
-    0, and no token sees another document. None means one document a row.
+    `positions_BT` tells documents packed in a row apart: a document begins where positions restart
+    at 0, and no token attends to another document. None means one document a row. On CUDA, packed
+    documents, windows and chunks go through FlexAttention where it can be compiled (flex.py), else
+    through masks [B, T, T].
     """
 
     has_kv_cache = False
 
     def __init__(self, positions_BT: Tensor | None = None) -> None:
-        self.first_BT: Tensor | None = None  # index of the first token of each token's document
+        self.start_BT: Tensor | None = None  # index of the first token of each token's document
+        self._flex = None
         if positions_BT is not None:
             T = positions_BT.shape[1]
-            first_BT = torch.arange(T, device=positions_BT.device) - positions_BT
-            if bool(first_BT.any()):
-                self.first_BT = first_BT
+            start_BT = torch.arange(T, device=positions_BT.device) - positions_BT
+            if bool(start_BT.any()):
+                self.start_BT = start_BT
+            self._flex = flex.kernel() if positions_BT.is_cuda else None
         self._masks: dict[tuple[Any, ...], Tensor] = {}
+        self._block_masks: dict[Span, Any] = {}
 
     def conv_state(self, layer: int, x_BTD: Tensor, n: int) -> Tensor:
         return x_BTD.new_zeros(x_BTD.shape[0], n, x_BTD.shape[2])
@@ -73,41 +72,54 @@ class Dense:
         values_BTGK = k_BTGK if v_BTGK is None else v_BTGK
         q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTGK, values_BTGK))
         T, window, chunk = q.shape[2], span.window or q.shape[2], span.chunk or q.shape[2]
+        # Without documents, chunks are rows of their own, each causal.
+        causal = window >= T and (chunk >= T or self.start_BT is None)
+        narrow = min(q.shape[3], v.shape[3]) < flex.LEAST_WIDTH
+        if self._flex and not narrow and not (causal and self.start_BT is None):
+            return self._block_sparse(q, k, v, span).transpose(1, 2)
         if WIDE < window < T:
             return self._windowed(q, k, v, window).transpose(1, 2)
         if 2 * window < T:
             return self._banded(q, k, v, window).transpose(1, 2)
-        if window < T or (chunk < T and self.first_BT is not None):
+        if not causal:
             return _masked(q, k, v, self._mask(range(T), range(T), span, q)).transpose(1, 2)
-        apart = zip(*(x.split(chunk, dim=2) for x in (q, k, v)), strict=True)
-        return torch.cat([self._causal(*part) for part in apart], dim=2).transpose(1, 2)
+        parts = zip(*(x.split(chunk, dim=2) for x in (q, k, v)), strict=True)
+        return torch.cat([self._causal(*part) for part in parts], dim=2).transpose(1, 2)
+
+    def _block_sparse(self, q: Tensor, k: Tensor, v: Tensor, span: Span) -> Tensor:
+        """FlexAttention, which skips blocks that no query of it attends to."""
+        assert self._flex is not None
+        if span not in self._block_masks:
+            B, _, T, _ = q.shape
+            query_T = torch.arange(T, device=q.device)
+            start_BT = query_T.new_zeros(B, T) if self.start_BT is None else self.start_BT
+            self._block_masks[span] = flex.block_mask(span.first_key(query_T, start_BT))
+        # Under autocast, queries and keys that RoPE has rotated are float32.
+        return self._flex(q.to(v.dtype), k.to(v.dtype), v, block_mask=self._block_masks[span],
+                          scale=q.shape[3] ** -0.5, enable_gqa=q.shape[1] != k.shape[1])
 
     def _causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention to every earlier position of the document."""
         T = q.shape[2]
         if v.device.type == "cpu" and v.dtype == torch.bfloat16 and T <= LONGEST_BLOCKED:
-            # Under autocast what RoPE has turned is float32.
+            # Under autocast, queries and keys that RoPE has rotated are float32.
             return self._blocked(q.to(v.dtype), k.to(v.dtype), v)
-        return _masked(q, k, v, None if self.first_BT is None
+        return _masked(q, k, v, None if self.start_BT is None
                        else self._mask(range(T), range(T), Span(), q))
 
     def _mask(self, queries: range, keys: range, span: Span, like: Tensor) -> Tensor:
-        """Additive mask [B or 1, 1, queries, keys]: 0 where a key is visible, -inf elsewhere."""
-        if self.first_BT is None:  # only distances count: equal blocks share one
+        """Additive mask [B or 1, 1, queries, keys]."""
+        if self.start_BT is None:  # only distances count: equal blocks share one
             queries, keys = (range(x.start - keys.start, x.stop - keys.start)
                              for x in (queries, keys))
         place = (span, like.dtype, queries, keys)
         if place not in self._masks:
-            query_T1 = torch.arange(queries.start, queries.stop, device=like.device)[:, None]
-            key_S = torch.arange(keys.start, keys.stop, device=like.device)
-            first_BT1 = (key_S.new_zeros(1, 1, 1) if self.first_BT is None
-                         else self.first_BT[:, queries.start : queries.stop, None])
-            if span.chunk is not None:
-                first_BT1 = first_BT1 + (query_T1 - first_BT1) // span.chunk * span.chunk
-            visible = (key_S <= query_T1) & (key_S >= first_BT1)
-            if span.window is not None:
-                visible = visible & (key_S > query_T1 - span.window)
-            self._masks[place] = additive(visible, like.dtype)[:, None]
+            query = torch.arange(queries.start, queries.stop, device=like.device)
+            key = torch.arange(keys.start, keys.stop, device=like.device)
+            start = (query.new_zeros(1, 1) if self.start_BT is None
+                     else self.start_BT[:, queries.start : queries.stop])
+            mask = masks.causal(query, key, span.first_key(query, start))
+            self._masks[place] = masks.additive(mask.view(-1, 1, len(query), len(key)), like.dtype)
         return self._masks[place]
 
     def _blocked(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor) -> Tensor:
@@ -126,7 +138,7 @@ class Dense:
             end = start + n
             rows = q[:, :, :, start:end].reshape(B, G, H // G * n, K)
             scores = (rows @ k_BGTK[:, :, :end].transpose(-1, -2)).view(B, G, H // G, n, end)
-            if self.first_BT is None:
+            if self.start_BT is None:
                 scores[..., start:] += after[:n, :n]
             else:
                 scores += self._mask(range(start, end), range(end), Span(), q)[:, :, None]
@@ -135,7 +147,7 @@ class Dense:
         return torch.cat(out, dim=3).reshape(B, H, T, -1)
 
     def _windowed(self, q: Tensor, k: Tensor, v: Tensor, W: int) -> Tensor:
-        """Sliding window by blocks of queries, each over the keys that any of them sees: scores
+        """Sliding window by blocks of queries, each over the keys in any of their windows: scores
         take memory for one block, however long the sequence."""
         T, out = q.shape[2], []
         for start in range(0, T, WIDE):
@@ -145,10 +157,8 @@ class Dense:
         return torch.cat(out, dim=2)
 
     def _banded(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, W: int) -> Tensor:
-        """Sliding window in blocks: queries of a block meet the keys of it and of the one before.
-
-        Costs T * 2W instead of T * T, and is the same sum.
-        """
+        """Sliding window in blocks of W queries, each over the keys of its block and of the one
+        before: T * 2W scores instead of T * T."""
         B, H, T, K = q_BHTK.shape
         G, n = k_BGTK.shape[1], -(-T // W)
         spare = n * W - T
@@ -161,17 +171,16 @@ class Dense:
 
     def _band_mask(self, T: int, W: int, like: Tensor) -> Tensor:
         """Additive mask [B or 1, 1, 1, n, W, 2W] of `_banded`."""
-        key = (Span(W), like.dtype)
-        if key not in self._masks:
+        place = (Span(W), like.dtype)
+        if place not in self._masks:
             n = -(-T // W)
-            query = torch.arange(n * W, device=like.device).reshape(n, W, 1)
-            keys = query[:, :1] - W + torch.arange(2 * W, device=like.device)
-            visible = ((keys <= query) & (keys > query - W) & (keys >= 0))[None]
-            if self.first_BT is not None:
-                first = F.pad(self.first_BT, (0, n * W - T)).reshape(-1, n, W, 1)
-                visible = visible & (keys >= first)
-            self._masks[key] = additive(visible, like.dtype)[:, None, None]
-        return self._masks[key]
+            query_nW = torch.arange(n * W, device=like.device).reshape(n, W)
+            key_n2W = query_nW[:, :1] - W + torch.arange(2 * W, device=like.device)
+            start = (query_nW.new_zeros(1, n, W) if self.start_BT is None
+                     else F.pad(self.start_BT, (0, n * W - T)).reshape(-1, n, W))
+            mask = masks.causal(query_nW, key_n2W, Span(W).first_key(query_nW, start))
+            self._masks[place] = masks.additive(mask[:, None, None], like.dtype)
+        return self._masks[place]
 
 
 def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -182,8 +191,3 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=K**-0.5,
                                           enable_gqa=q.shape[1] != k.shape[1])[..., :U]
 
-
-def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where `visible`, -inf elsewhere."""
-    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(
-        ~visible, float("-inf"))

@@ -7,7 +7,7 @@ from typing import Any, Self, get_args, get_origin
 
 from vicugna.errors import VicugnaError
 from vicugna.models.layers import rope
-from vicugna.models.layers.attention import Span
+from vicugna.models.layers.mask import Span
 
 
 @dataclasses.dataclass(frozen=True)
