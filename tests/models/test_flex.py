@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch.nn.attention import flex_attention as torch_flex
 from torch.nn.attention.flex_attention import create_block_mask
 
+from vicugna import models
 from vicugna.models.layers import flex
 from vicugna.models.layers.attention import Dense
 from vicugna.models.layers.mask import Span
@@ -50,6 +51,12 @@ def uncompiled(q, k, v, **how):
         return torch_flex.flex_attention(q, k, v, **how)
 
 
+def block_sparse(places, *spans):
+    """`Dense` as it is on CUDA."""
+    with mock.patch.object(flex, "kernel", lambda device: uncompiled):
+        return Dense(places, spans)
+
+
 @pytest.mark.parametrize("span", SPANS, ids=str)
 @pytest.mark.parametrize("key_heads,K,U", [(4, 16, 16), (2, 16, 16), (4, 24, 16)],
                          ids=["every head its own keys", "grouped", "MLA's narrower values"])
@@ -61,10 +68,8 @@ def test_values_and_gradients_equal_masked_attention(packed, key_heads, K, U, sp
     inputs = [torch.randn(2, T, heads, width, requires_grad=True)
               for heads, width in ((4, K), (key_heads, K), (key_heads, U))]
     places = positions([T], [7, 150, 143]) if packed else positions([T], [T])
-    masked, sparse = Dense(places), Dense(places)
-    sparse._flex = uncompiled
+    masked, sparse = Dense(places), block_sparse(places, span)
     due, got = (attend(0, *inputs, span) for attend in (masked, sparse))
-    assert bool(sparse._block_masks) == (packed or span.window in (1, 90))
     torch.testing.assert_close(got, due, atol=1e-5, rtol=1e-4)
     cotangent = torch.randn_like(due)
     for mine, theirs in zip(torch.autograd.grad(got, inputs, cotangent),
@@ -72,22 +77,47 @@ def test_values_and_gradients_equal_masked_attention(packed, key_heads, K, U, sp
         torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
 
 
-def test_one_mask_a_pattern_and_none_for_narrow_heads():
-    attend, x = Dense(positions([40, 60])), torch.randn(1, 100, 2, 16)
-    attend._flex = uncompiled
-    for layer in range(4):
-        attend(layer, x, x, x, Span(window=9) if layer % 2 else Span())
-    assert attend._block_masks.keys() == {Span(), Span(window=9)}
-    narrow = torch.randn(1, 100, 2, 8)  # which Triton cannot multiply
-    torch.testing.assert_close(attend(0, narrow, narrow, narrow, Span()),
-                               Dense(positions([40, 60]))(0, narrow, narrow, narrow, Span()))
+def test_where_every_earlier_key_counts_no_mask_is_used():
+    """One document a row, and a span that leaves nothing out: PyTorch's causal kernel."""
+    attend, x = block_sparse(positions([100]), Span(), Span(window=100)), torch.randn(1, 100, 2, 16)
+    with mock.patch.object(attend, "_flex", None):
+        for span in (Span(), Span(window=100)):
+            attend(0, x, x, x, span)
 
 
+def test_other_spans_and_narrow_heads_go_through_masks():
+    attend, plain = block_sparse(positions([40, 60]), Span()), Dense(positions([40, 60]))
+    narrow, wide = torch.randn(1, 100, 2, 8), torch.randn(1, 100, 2, 16)
+    with mock.patch.object(attend, "_flex", None):
+        for x, span in ((narrow, Span()), (wide, Span(window=9))):
+            assert torch.equal(attend(0, x, x, x, span), plain(0, x, x, x, span))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_mixed_precision_has_one_dtype():
     """Under autocast RoPE leaves queries and keys in float32, while values are bfloat16."""
-    attend, q = Dense(positions([40, 60])), torch.randn(1, 100, 2, 16)
-    attend._flex = uncompiled
+    attend, q = block_sparse(positions([40, 60]), Span()), torch.randn(1, 100, 2, 16)
     assert attend(0, q, q, q.bfloat16(), Span()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["llama", "vicugna", "mistral", "deepseek_v3", "llama4_text"])
+def test_networks_name_the_spans_of_their_layers(kind):
+    """Those that training makes block masks of: no layer asks for another."""
+    network = models.build({
+        "model_type": kind, "vocab_size": 20, "hidden_size": 32, "intermediate_size": 8,
+        "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16,
+        "n_routed_experts": 16, "sliding_window": 5, "qk_rope_head_dim": 16,
+        "first_k_dense_replace": 4})
+    models.initialise(network, 0)
+    asked = []
+
+    class Spy(Dense):
+        def __call__(self, layer, q, k, v, span):
+            asked.append(span)
+            return super().__call__(layer, q, k, v, span)
+
+    network(torch.zeros(1, 3, dtype=torch.long), torch.arange(3)[None], Spy())
+    assert len(asked) == 4 and set(asked) == network.model.spans
 
 
 def test_memory_grows_with_the_blocks_alone():
@@ -97,6 +127,5 @@ def test_memory_grows_with_the_blocks_alone():
     assert mask.kv_indices.numel() == (T // flex.BLOCK) ** 2
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_there_is_no_kernel():
-    assert flex.kernel() is None
+def test_there_is_no_kernel_for_a_cpu():
+    assert flex.kernel(torch.device("cpu")) is None

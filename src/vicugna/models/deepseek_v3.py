@@ -119,7 +119,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.span = layer, Span()
         self.turn = rope.rotate_pairs if config.rope_interleave else rope.rotate
         self.H, self.R, self.U = config.num_attention_heads, config.kv_lora_rank, config.v_head_dim
         self.C, self.P = config.qk_nope_head_dim, config.qk_rope_head_dim
@@ -159,7 +159,7 @@ class Attention(nn.Module):
         k_BTHC, v_BTHU = kv.split((self.C, self.U), dim=-1)
         q = torch.cat((q_BTHC, q_BTHP), dim=-1) * self.query_scale
         k = torch.cat((k_BTHC, k_BT1P.expand(-1, -1, self.H, -1)), dim=-1)
-        return attend(self.layer, q, k, v_BTHU, Span())
+        return attend(self.layer, q, k, v_BTHU, self.span)
 
     def _absorbed(self, q_BTHC: Tensor, q_BTHP: Tensor, latent_BT1R: Tensor, k_BT1P: Tensor,
                   attend: Attend) -> Tensor:
@@ -170,7 +170,7 @@ class Attention(nn.Module):
         scale = self.query_scale * ((self.R + self.P) / (self.C + self.P)) ** 0.5
         q = torch.cat((q_BTHR, q_BTHP), dim=-1) * scale
         k = torch.cat((latent_BT1R, k_BT1P), dim=-1)
-        o_BTHR = attend(self.layer, q, k, None, Span())[..., :self.R]
+        o_BTHR = attend(self.layer, q, k, None, self.span)[..., :self.R]
         return torch.einsum("bthr,hur->bthu", o_BTHR, make_v_HUR)
 
 

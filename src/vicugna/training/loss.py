@@ -29,7 +29,7 @@ class Loss(nn.Module):
                              self.dtype == torch.bfloat16),
               capture_router_logits(self.network) as router_logits):
             hidden_BTD = self.network(batch.tokens_BT, batch.positions_BT,
-                                      Dense(batch.positions_BT))
+                                      Dense(batch.positions_BT, self.network.model.spans))
         weighted_BT = batch.weights_BT != 0
         logprobs_BT = torch.zeros_like(batch.weights_BT).masked_scatter(
             weighted_BT, self._logprobs(hidden_BTD, weighted_BT, batch))

@@ -58,7 +58,7 @@ class VicugnaForCausalLM(PreTrainedModel, GenerationMixin):
         elif position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         position_ids = position_ids.expand(input_ids.shape)
-        hidden = self.model(input_ids, position_ids, Dense(position_ids))
+        hidden = self.model(input_ids, position_ids, Dense(position_ids, self.model.spans))
         logits = self.lm_head(hidden[:, -logits_to_keep:])
         loss = None
         if labels is not None:

@@ -4,6 +4,7 @@ A network never holds keys or values itself: it is given `attend`, and calls it 
 Training passes `Dense` from this file; the engine passes one over its cache.
 """
 
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
@@ -45,24 +46,26 @@ class Dense:
     """Attention over exactly the tokens of one call: training, and the reference for caches.
 
     `positions_BT` tells documents packed in a row apart: a document begins where positions restart
-    at 0, and no token attends to another document. None means one document a row. On CUDA, packed
-    documents, windows and chunks go through FlexAttention where it can be compiled (flex.py), else
-    through masks [B, T, T].
+    at 0, and no token attends to another document. None means one document a row. On CUDA, layers
+    of one of the `spans` attend block-sparsely (flex.py) where documents, windows or chunks leave
+    keys out; without FlexAttention, masks [B, T, T] do that.
     """
 
     has_kv_cache = False
 
-    def __init__(self, positions_BT: Tensor | None = None) -> None:
+    def __init__(self, positions_BT: Tensor | None = None, spans: Iterable[Span] = ()) -> None:
         self.start_BT: Tensor | None = None  # index of the first token of each token's document
-        self._flex = None
-        if positions_BT is not None:
-            T = positions_BT.shape[1]
-            start_BT = torch.arange(T, device=positions_BT.device) - positions_BT
-            if bool(start_BT.any()):
-                self.start_BT = start_BT
-            self._flex = flex.kernel() if positions_BT.is_cuda else None
         self._masks: dict[tuple[Any, ...], Tensor] = {}
         self._block_masks: dict[Span, Any] = {}
+        self._flex = None if positions_BT is None else flex.kernel(positions_BT.device)
+        if positions_BT is not None:
+            query_T = torch.arange(positions_BT.shape[1], device=positions_BT.device)
+            start_BT = query_T - positions_BT
+            if bool(start_BT.any()):
+                self.start_BT = start_BT
+            if self._flex:  # here, as inside a compiled layer it would break the graph
+                self._block_masks = {span: flex.block_mask(span.first_key(query_T, start_BT))
+                                     for span in spans}
 
     def conv_state(self, layer: int, x_BTD: Tensor, n: int) -> Tensor:
         return x_BTD.new_zeros(x_BTD.shape[0], n, x_BTD.shape[2])
@@ -74,8 +77,8 @@ class Dense:
         T, window, chunk = q.shape[2], span.window or q.shape[2], span.chunk or q.shape[2]
         # Without documents, chunks are rows of their own, each causal.
         causal = window >= T and (chunk >= T or self.start_BT is None)
-        narrow = min(q.shape[3], v.shape[3]) < flex.LEAST_WIDTH
-        if self._flex and not narrow and not (causal and self.start_BT is None):
+        sparse = self.start_BT is not None or not causal
+        if sparse and span in self._block_masks and flex.takes(q, v):
             return self._block_sparse(q, k, v, span).transpose(1, 2)
         if WIDE < window < T:
             return self._windowed(q, k, v, window).transpose(1, 2)
@@ -89,11 +92,6 @@ class Dense:
     def _block_sparse(self, q: Tensor, k: Tensor, v: Tensor, span: Span) -> Tensor:
         """FlexAttention, which skips blocks that no query of it attends to."""
         assert self._flex is not None
-        if span not in self._block_masks:
-            B, _, T, _ = q.shape
-            query_T = torch.arange(T, device=q.device)
-            start_BT = query_T.new_zeros(B, T) if self.start_BT is None else self.start_BT
-            self._block_masks[span] = flex.block_mask(span.first_key(query_T, start_BT))
         # Under autocast, queries and keys that RoPE has rotated are float32.
         return self._flex(q.to(v.dtype), k.to(v.dtype), v, block_mask=self._block_masks[span],
                           scale=q.shape[3] ** -0.5, enable_gqa=q.shape[1] != k.shape[1])

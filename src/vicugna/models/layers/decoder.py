@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from vicugna.models.layers import rope
 from vicugna.models.layers.attention import Attend
+from vicugna.models.layers.mask import Span
 from vicugna.models.layers.norm import RMSNorm
 
 
@@ -20,8 +21,14 @@ class Decoder(nn.Module):
         # `models.initialise` draws the values: here they would only take time.
         self.embed_tokens = nn.Embedding.from_pretrained(
             torch.empty(config.vocab_size, config.hidden_size), freeze=False)
-        self.layers = nn.ModuleList(layer(config, n) for n in range(config.num_hidden_layers))
+        self.layers: Any = nn.ModuleList(
+            layer(config, n) for n in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    @property
+    def spans(self) -> set[Span]:
+        """The attention patterns of its layers."""
+        return {layer.self_attn.span for layer in self.layers}
 
     def forward(self, tokens_BT: Tensor, positions_BT: Tensor, attend: Attend) -> Tensor:
         return self.above(self.embed_tokens(tokens_BT), positions_BT, attend)

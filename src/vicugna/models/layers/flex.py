@@ -4,7 +4,7 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,22 +12,26 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 BLOCK = 128  # queries, and keys, of a block that is computed or skipped as a whole
-LEAST_WIDTH = 16  # of a head: Triton's matrix products are no narrower
 
 
-@lru_cache(maxsize=1)
-def kernel() -> Callable[..., Any] | None:
+@cache
+def kernel(device: torch.device) -> Callable[..., Any] | None:
     """FlexAttention compiled; None where it cannot be: it needs a GPU of compute capability 8.0,
-    Triton, and a C compiler, and TORCH_COMPILE_DISABLE=1 forbids it."""
-    import torch._dynamo  # heavy, and used on CUDA only
+    Triton and a C compiler, and TORCH_COMPILE_DISABLE=1 turns it off."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        return None
+    from torch._dynamo import config  # heavy, and needed on CUDA only
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    usable = (torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
-              and importlib.util.find_spec("triton") and compiler
-              and not torch._dynamo.config.disable)
-    return torch.compile(flex_attention) if usable else None
+    if config.disable or not compiler or not importlib.util.find_spec("triton"):
+        return None
+    return torch.compile(flex_attention)
 
 
-@torch.compiler.disable
+def takes(q: Tensor, v: Tensor) -> bool:
+    """Whether heads are wide enough for Triton's matrix products."""
+    return min(q.shape[-1], v.shape[-1]) >= 16
+
+
 def block_mask(first_BT: Tensor) -> BlockMask:
     """The mask of queries that attend from key `first_BT` to themselves, by blocks: (T / 128)^2
     numbers, never T * T."""
