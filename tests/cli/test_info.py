@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import vicugna
 from vicugna import checkpoint, models
 from vicugna.checkpoint.convert import convert
+from vicugna.checkpoint.gguf.file import type_name
 from vicugna.checkpoint.hf import weights
 from vicugna.tokenizer import Tokenizer, train
 
@@ -109,13 +110,53 @@ def test_gguf(tmp_path: Path, cli: Any) -> None:
     folder = write(tmp_path / "m", "llama", tok, vocab_size=300, hidden_size=32,
                    intermediate_size=64)
     path = tmp_path / "m.gguf"
-    for dtype, held in (("bfloat16", {"bfloat16", "float32"}), ("q8_0", {"q8_0", "float32"})):
+    for dtype, held in (("bfloat16", {"bfloat16", "float32"}), ("q8_0", {"Q8_0", "float32"})):
         path.unlink(missing_ok=True)
         convert(folder, path, dtype=dtype, lossy=True)
         facts = said(cli, path)
         assert facts["digest"] == vicugna.load(path, "auto").digest
         assert set(facts["dtypes"]) == held and facts["format"] == "gguf"
         assert facts["parameters"] == said(cli, folder)["parameters"]
+    (tmp_path / "sha256-00").write_bytes(path.read_bytes())  # as Ollama's blobs are called
+    assert said(cli, tmp_path / "sha256-00") == facts
+    (folder / "m.gguf").write_bytes(path.read_bytes())
+    assert said(cli, folder)["format"] == "safetensors"
+
+
+def test_every_ggml_type_has_its_name(tmp_path: Path, cli: Any) -> None:
+    """Of those of the package gguf, and of those that GGML had once."""
+    gguf = pytest.importorskip("gguf")
+    for kind in gguf.GGMLQuantizationType:
+        assert type_name(int(kind)) == kind.name
+    assert not [n for n in range(max(gguf.GGMLQuantizationType) + 1) if "type" in type_name(n)]
+    folder = write(tmp_path / "m", "llama", None, vocab_size=300, hidden_size=32,
+                   intermediate_size=64)
+    convert(folder, tmp_path / "a.gguf")
+    for kind in map(gguf.GGMLQuantizationType.__getitem__, ("Q4_1", "Q5_0", "Q5_1")):
+        requantise(tmp_path / "a.gguf", tmp_path / "b.gguf", kind)
+        assert kind.name in said(cli, tmp_path / "b.gguf")["dtypes"]
+        assert f"{kind.name}: " in cli("info", tmp_path / "b.gguf").out
+
+
+def requantise(source: Path, target: Path, kind: Any) -> None:
+    """The same file with its matrices in another GGML type."""
+    gguf = pytest.importorskip("gguf")
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(target, "llama")
+    for field in reader.fields.values():
+        if field.name not in ("general.architecture",) and not field.name.startswith("GGUF."):
+            inner = field.types[-1] if len(field.types) > 1 else None
+            writer.add_key_value(field.name, field.contents(), field.types[0], inner)
+    for tensor in reader.tensors:
+        if len(tensor.shape) > 1:
+            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            writer.add_tensor(tensor.name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(tensor.name, tensor.data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def test_metas_files(tmp_path: Path, cli: Any) -> None:

@@ -48,26 +48,26 @@ def _facts(found: "Survey", network: Any) -> dict[str, Any]:
         "active_per_token": size.active, "layers": len(size.layers), "width": config.hidden_size,
         "heads": config.num_attention_heads, "key_value_heads": config.num_key_value_heads,
         "context": config.context_length, "vocabulary": config.vocab_size,
-        "format": ", ".join(sorted({file.suffix.removeprefix(".") for file in files})),
+        "format": "gguf" if found.folder.is_file() else ", ".join(
+            sorted({file.suffix.removeprefix(".") for file in files})),
         "files": len(files), "tensors": len(found.stored), "dtypes": dict(dtypes.most_common()),
         "tokenizer": tok.digest if tok else None, "tokens": tok.vocab_size if tok else None,
         "chat_template": bool(tok and tok.template)}
 
 
 def _dtypes(found: "Survey") -> Counter[str]:
-    """The bytes that the files hold of each dtype."""
-    from vicugna.checkpoint.gguf import reader
+    """The bytes that the files hold of each dtype or GGML type."""
+    from vicugna.dtypes import name_of
     sizes: Counter[str] = Counter()
-    if reader.recognises(found.folder):
-        from vicugna.checkpoint.gguf.file import scan
-        from vicugna.checkpoint.gguf.writer import KINDS
-        names = {kind: name for name, kind in KINDS.items()}
+    if found.folder.is_file():
+        from vicugna.checkpoint.gguf.file import DTYPES, scan, type_name
         for entry in scan(found.folder)[1].values():
-            sizes[names.get(entry.kind, f"GGML type {entry.kind}")] += entry.data.nbytes
+            dtype = DTYPES.get(entry.kind)
+            sizes[name_of(dtype) if dtype else type_name(entry.kind)] += entry.data.nbytes
         return sizes
     for part in found.stored.values():
         for tensor in filter(None, (part, part.scale)):
-            sizes[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
+            sizes[name_of(tensor.dtype)] += tensor.nbytes
     return sizes
 
 

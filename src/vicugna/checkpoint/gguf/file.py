@@ -30,6 +30,8 @@ UINT32, FLOAT32, BOOL, STRING, ARRAY = 4, 6, 7, 8, 9
 NUMBERS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", UINT32: "<u4", 5: "<i4", FLOAT32: "<f4",
            BOOL: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
 F32, F16, Q4_0, Q8_0, BF16 = 0, 1, 2, 8, 30
+REMOVED = {4: "Q4_2", 5: "Q4_3", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8",
+           36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8"}  # types that GGML had once
 DTYPES = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
 
 
@@ -168,11 +170,19 @@ def _entry(header: _Header) -> tuple[int, int, str, int, tuple[int, ...]]:
     shape = tuple(header.number("<Q") for _ in range(dimensions))[::-1]
     kind, offset = header.number("<I"), header.number("<Q")
     if (block := block_of(kind)) is None:
-        raise VicugnaError(f"stored as GGML type {kind}, which is not read", where,
+        raise VicugnaError(f"stored as {type_name(kind)}, which is not read", where,
                            "Convert it with llama.cpp to F32, F16, BF16, Q8_0 or Q4_0")
     if 0 in shape or shape[-1] % block[0]:
         raise broken(f"shape {list(shape)} is not possible for its type", where)
     return offset, math.prod(shape) // block[0] * block[1], name, kind, shape
+
+
+def type_name(kind: int) -> str:
+    """The name that GGML gives the type of this number, such as "Q4_1"."""
+    try:
+        return package().GGMLQuantizationType(kind).name
+    except ValueError:
+        return REMOVED.get(kind, f"GGML type {kind}")
 
 
 @cache
