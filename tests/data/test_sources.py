@@ -12,7 +12,8 @@ import pytest
 
 from vicugna import data
 from vicugna.data import sources
-from vicugna.data.sources import Chat, SourceSpec, Text, documents, parse_specs
+from vicugna.data.records import Chat, Text
+from vicugna.data.sources import SourceSpec, documents, parse_specs
 from vicugna.errors import VicugnaError
 from vicugna.tokenizer import Tokenizer
 

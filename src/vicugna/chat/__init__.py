@@ -1,8 +1,8 @@
 """Chats: templates, the parsing of replies, and images."""
 
-from vicugna.chat.messages import Message, check_messages
+from vicugna.chat.messages import Message, check_messages, check_tools
 from vicugna.chat.reply import ReplyDelta, ReplyParser, parse_reply
 from vicugna.chat.template import encode, encode_training, render
 
-__all__ = ["Message", "ReplyDelta", "ReplyParser", "check_messages", "encode", "encode_training",
-           "parse_reply", "render"]
+__all__ = ["Message", "ReplyDelta", "ReplyParser", "check_messages", "check_tools", "encode",
+           "encode_training", "parse_reply", "render"]

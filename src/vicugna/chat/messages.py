@@ -24,6 +24,14 @@ def check_messages(messages: Any, where: str = "messages", images: bool = True) 
                            "Use text alone")
 
 
+def check_tools(tools: Any, where: str = "tools") -> None:
+    """Raise VicugnaError unless `tools` is None or a list of objects, as chat templates take it."""
+    if tools is not None and not (isinstance(tools, list)
+                                  and all(isinstance(tool, dict) for tool in tools)):
+        raise VicugnaError("tools must be a list of objects", where,
+                           'Give [{"type": "function", "function": {"name": ..., ...}}]')
+
+
 def image_parts(messages: list[Message]) -> dict[tuple[int, int], Message]:
     """The pictures of a chat, by the index of their message and of their part in it."""
     return {(m, p): part for m, message in enumerate(messages)

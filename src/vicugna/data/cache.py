@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from vicugna import chat, files
-from vicugna.data.sources import Chat, SourceSpec, Text, content_digest, documents
+from vicugna.data.records import Chat, Text
+from vicugna.data.sources import SourceSpec, content_digest, documents
 from vicugna.errors import VicugnaError
 from vicugna.tokenizer import Tokenizer
 
-_VERSION = 1
+_VERSION = 2
 _BATCH = 32  # documents, or pieces of long ones, that are encoded at a time
 
 

@@ -12,7 +12,8 @@ from vicugna import files
 from vicugna.data.cache import open_tokens
 from vicugna.data.packing import Batch, FileRows, Row, collate
 from vicugna.data.procedural import TaskRows, as_text, draw_item
-from vicugna.data.sources import TASK, SourceSpec, Text, documents, parse_specs
+from vicugna.data.records import plain_texts
+from vicugna.data.sources import TASK, SourceSpec, documents, parse_specs
 from vicugna.errors import VicugnaError
 from vicugna.tokenizer import Tokenizer
 
@@ -134,5 +135,4 @@ def _plain_texts(spec: SourceSpec) -> Iterator[str]:
     if spec.source.startswith(TASK):
         yield from (as_text(draw_item(spec, "train", 0, k, 0)) for k in count())
     for document in documents(spec):
-        yield from [document.text] if isinstance(document, Text) else filter(None, (
-            message.get(key) for message in document.messages for key in ("reasoning", "content")))
+        yield from plain_texts(document)

@@ -1,13 +1,12 @@
-"""Where text comes from: files, the standard library, the Hugging Face Hub; and how to name it."""
+"""Sources of training data: files, the standard library, the Hugging Face Hub; how to name them."""
 
 import glob
-import io
 import json
 import os
 import sysconfig
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from difflib import get_close_matches
 from functools import cache
 from itertools import chain
@@ -17,9 +16,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vicugna import files, tasks
-from vicugna.chat import check_messages
+from vicugna.data import formats
+from vicugna.data.records import Chat, Text, to_document
 from vicugna.errors import VicugnaError
-from vicugna.tokenizer import valid_unicode
 
 STDLIB, TASK, HUB = "stdlib", "task:", "hf:"
 PIECE = 1 << 17  # characters of a long text that are held at once
@@ -36,7 +35,7 @@ class SourceSpec(BaseModel):
     source: str = Field(min_length=1)  # stdlib, a path or glob, hf:ORG/NAME, task:NAME
     weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)  # share of rows
     limit_bytes: int | None = Field(default=None, gt=0)  # of text, from the start
-    column: str | None = None  # Parquet, hf: (default: text or messages)
+    column: str | None = None  # of rows (default: the one whose name is known)
     split: str = "train"  # hf:
     form: Literal["chat", "text"] = "chat"  # task:
     difficulty: dict[str, Amount] = {}  # task: numbers or [low, high], drawn per item
@@ -45,23 +44,6 @@ class SourceSpec(BaseModel):
     @classmethod
     def _bare(cls, value: Any) -> Any:
         return {"source": value} if isinstance(value, str) else value
-
-
-@dataclass(frozen=True)
-class Text:
-    """A plain document, or a piece of a long one, the last one or not."""
-
-    text: str
-    last: bool = True
-
-
-@dataclass(frozen=True)
-class Chat:
-    """A finished conversation, and the line or row it came from."""
-
-    messages: list[dict[str, Any]]
-    tools: list[dict[str, Any]] | None
-    where: str
 
 
 def parse_specs(specs: Sequence[str | dict[str, Any] | SourceSpec],
@@ -99,7 +81,7 @@ def documents(spec: SourceSpec) -> Iterator[Text | Chat]:
     begun = False  # a document whose beginning was already given has to be ended
     for document in every:
         size = (len(document.text.encode()) if isinstance(document, Text)
-                else len(json.dumps(document.messages)))
+                else len(json.dumps(document.messages, default=str)))
         if size > left:
             if isinstance(document, Text) and (left > 0 or begun):
                 yield Text(document.text.encode()[:int(left)].decode(errors="ignore"))
@@ -152,35 +134,16 @@ def stdlib_files() -> list[Path]:
 
 
 def _read_file(path: Path, column: str | None) -> Iterator[Text | Chat]:
-    if path.suffix == ".parquet":
-        return _parquet_documents(path, column)
-    return _jsonl_documents(path) if path.suffix in (".jsonl", ".ndjson") else _text_pieces(path)
-
-
-def _lines(path: Path) -> Iterator[str]:
-    """The lines of a UTF-8 text file, ends kept."""
-    try:
-        with open(path, "rb") as file:
-            head = file.read(8192)
-            file.seek(0)
-            # Of a binary file, whose first "line" may be huge, only the head is looked at.
-            for number, raw in enumerate(io.BytesIO(head) if b"\0" in head else file, 1):
-                if b"\0" in raw:
-                    raise VicugnaError("this is a binary file (it holds NUL bytes)",
-                                       f"{path} line {number}", "Give UTF-8 text or .parquet")
-                if b"\0" not in head:
-                    yield raw.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise VicugnaError(f"not UTF-8 text (byte {error.start + 1} of the line)",
-                           f"{path} line {number}", "Save it as UTF-8") from error
-    except OSError as error:
-        raise files.storage_error(error, path) from error
+    if formats.is_plain_text(path):
+        return _text_pieces(path)
+    rows = formats.rows(path, lambda names: _columns(names, column, str(path)))
+    return (to_document(row, column, where) for where, row in rows)
 
 
 def _text_pieces(path: Path) -> Iterator[Text]:
     """One document, cut where a line starts with no space: there tokens never straddle."""
     held = ""
-    for line in _lines(path):
+    for line in formats.lines(path):
         if len(held) >= PIECE and not line[0].isspace():
             yield Text(held, last=False)
             held = ""
@@ -189,62 +152,14 @@ def _text_pieces(path: Path) -> Iterator[Text]:
         yield Text(held)
 
 
-def _jsonl_documents(path: Path) -> Iterator[Text | Chat]:
-    for number, line in enumerate(_lines(path), 1):
-        if not line.strip():
-            continue
-        where = f"{path} line {number}"
-        try:
-            value = json.loads(line)
-        except (RecursionError, ValueError) as error:
-            raise VicugnaError(f"not valid JSON: {getattr(error, 'msg', error)}", where,
-                               "Correct the line") from error
-        if not isinstance(value, dict):
-            raise VicugnaError("not a JSON object", where, 'Write {"text": "..."}')
-        yield _document(value, None, where)
-
-
-def _document(value: dict[str, Any], column: str | None, where: str) -> Text | Chat:
-    key = column or ("messages" if value.get("text") is None else "text")
-    content = value.get(key)
-    if content is None:
-        raise VicugnaError(f'no "{column}"' if column else 'neither "text" nor "messages"', where,
-                           'Write {"text": "..."} or {"messages": [...]}')
-    if isinstance(content, str) and key != "messages":
-        return Text(valid_unicode(content, where))
-    if not isinstance(content, list) or key == "text":
-        raise VicugnaError(f"text must be a string and messages a list, but {key} is "
-                           f"{type(content).__name__}", where, "Correct it")
-    # Columnar files fill absent keys with nulls.
-    messages = [{k: v for k, v in m.items() if v is not None} if isinstance(m, dict) else m
-                for m in content]
-    check_messages(messages, f"{where}, messages", images=False)
-    if all(message["role"] != "assistant" for message in messages):
-        raise VicugnaError("no assistant message to learn from", where, "Add one")
-    return Chat(messages, value.get("tools"), where)
-
-
-def _parquet_documents(path: Path, column: str | None) -> Iterator[Text | Chat]:
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            wanted = _column(file.schema_arrow.names, column, str(path))
-            batches = file.iter_batches(batch_size=256, columns=[wanted])
-            values = chain.from_iterable(batch.column(0).to_pylist() for batch in batches)
-            for number, value in enumerate(values, 1):
-                yield _document({wanted: value}, wanted, f"{path} row {number}")
-    except (pyarrow.ArrowException, OSError) as error:
-        raise VicugnaError(f"not a readable Parquet file: {str(error).splitlines()[0]}",
-                           str(path), "Write or download it again") from error
-
-
-def _column(names: Sequence[str], column: str | None, where: str) -> str:
-    for name in (column,) if column else ("text", "messages"):
-        if name in names:
-            return name
-    raise VicugnaError(f"no column {column or 'text or messages'} (there are: "
-                       f"{', '.join(names[:20])})", where, "Name one with column:")
+def _columns(names: Sequence[str], column: str | None, where: str) -> list[str]:
+    """The columns of a table to read."""
+    used = {column} if column else formats.FIELDS | {"chosen", "rejected"}
+    if used.isdisjoint(names):
+        raise VicugnaError(f"no column {column or 'text or messages'} (there are: "
+                           f"{', '.join(names[:20])})", where, "Name one with column:")
+    beside = {"tools", "system", "input", "history", *(formats.FIELDS - {"text"} if column else ())}
+    return [name for name in names if name in used | beside]
 
 
 def _load_hub(spec: SourceSpec) -> Any:
@@ -262,6 +177,6 @@ def _load_hub(spec: SourceSpec) -> Any:
 
 def _hub_documents(spec: SourceSpec) -> Iterator[Text | Chat]:
     dataset = _load_hub(spec)
-    column = _column(dataset.column_names, spec.column, spec.source)
-    for number, value in enumerate(dataset, 1):
-        yield _document(value, column, f"{spec.source} row {number}")
+    _columns(dataset.column_names, spec.column, spec.source)
+    for number, row in enumerate(dataset, 1):
+        yield to_document(formats.without_nulls(row), spec.column, f"{spec.source} row {number}")
