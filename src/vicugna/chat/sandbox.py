@@ -5,11 +5,12 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from datetime import date as Date
 from datetime import datetime
 from functools import wraps
 from string import Formatter
-from typing import Any
+from typing import Any, Self
 
 import jinja2
 from jinja2 import filters, nodes, pass_eval_context
@@ -42,6 +43,39 @@ _SEARCHES = {"count", "endswith", "find", "index", "lstrip", "partition", "remov
              "split", "startswith", "strip"}
 
 
+class JsonText(str):
+    """JSON text, as calls' arguments often are: a text to the template, which `tojson` however
+    gives as JSON instead of encoding it a second time."""
+
+    value: Any
+
+    def __new__(cls, text: str, value: Any) -> Self:
+        self = super().__new__(cls, text)
+        self.value = value
+        return self
+
+    @classmethod
+    def of(cls, value: Any) -> Any:
+        """A value itself, or a JsonText if it is JSON text of an object."""
+        if isinstance(value, str):
+            with suppress(ValueError, RecursionError):
+                if isinstance(decoded := json.loads(value), dict):
+                    return cls(value, decoded)
+        return value
+
+    def items(self) -> Any:
+        return self.value.items()
+
+
+def _json_values(value: Any) -> Any:
+    """A value with JsonTexts as what they say."""
+    if isinstance(value, JsonText):
+        return value.value
+    if isinstance(value, dict):
+        return {key: _json_values(item) for key, item in value.items()}
+    return [*map(_json_values, value)] if isinstance(value, list | tuple) else value
+
+
 class _Generation(Extension):
     """{% generation %}: the words of the assistant, with a scope of their own."""
 
@@ -61,11 +95,13 @@ class _Environment(ImmutableSandboxedEnvironment):
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, optimized=False,
                          finalize=self.written, extensions=[_Generation, loopcontrols])
-        for name in _BANNED_FILTERS:
+        for name in (*_BANNED_FILTERS, "random"):  # the same text every time
             del self.filters[name]
         del self.globals["lipsum"]
         self.filters |= {"tojson": self.to_json, "join": self.join, "replace": self.replace,
-                         "indent": self.indent, "round": self.round}
+                         "indent": self.indent, "round": self.round,
+                         "items": lambda value: filters.do_items(
+                             value.value if isinstance(value, JsonText) else value)}
         self.filters = {name: self.limited(filter) for name, filter in self.filters.items()}
         self.tests = {name: self.tested(test)  # type: ignore[arg-type]
                       for name, test in self.tests.items() if name != "sameas"} | {
@@ -201,8 +237,8 @@ class _Environment(ImmutableSandboxedEnvironment):
         """transformers' filter, which unlike Jinja's own leaves < and > alone."""
         if _size(indent) > 16:
             raise SecurityError("it indents too far")
-        text = json.dumps(value, ensure_ascii=False, indent=indent, separators=separators,
-                          sort_keys=sort_keys)
+        text = json.dumps(_json_values(value), ensure_ascii=False, indent=indent,
+                          separators=separators, sort_keys=sort_keys)
         if not ensure_ascii:
             return text
         kept = self.hidden  # which stand for characters of ASCII

@@ -5,12 +5,15 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from datetime import date as Date
 from functools import lru_cache, partial
+from itertools import chain
 from typing import Any
 
-from vicugna.chat.messages import REASONING, Message, check_messages, is_parts
-from vicugna.chat.sandbox import Template
+from vicugna.chat import coverage
+from vicugna.chat.messages import REASONING, Message, check_messages, check_tools, is_parts
+from vicugna.chat.sandbox import JsonText, Template
 from vicugna.errors import VicugnaError
-from vicugna.tokenizer import Tokenizer, valid_unicode
+from vicugna.files import digest_of
+from vicugna.tokenizer import END_THINK, THINK, Tokenizer, valid_unicode
 from vicugna.tokenizer.limits import text_errors
 
 RARE = (0x20000, 0x2A6DE)  # ideographs
@@ -41,27 +44,64 @@ def encode(tokenizer: Tokenizer, messages: list[Message], tools: Tools = None,
 def encode_training(tokenizer: Tokenizer, messages: list[Message], tools: Tools = None,
                     date: Date | None = None) -> tuple[list[int], list[bool]]:
     """Tokens of a finished chat, and the loss mask: which of them the assistant would have to
-    generate after the same prompt, its end of turn too."""
+    generate after the same prompt, its end of turn too.
+
+    Reasoning for which the template has no place becomes <think>...</think> before the content.
+    Raises VicugnaError, naming the message, where the template leaves out anything else that an
+    assistant's message holds, as it would not be learned."""
+    check_messages(messages)
+    messages = list(map(coverage.reasoning_apart, messages))
     rendering = _Rendering(tokenizer, messages, tools, date)
-    text, encoder = rendering.text(), tokenizer.encoder
-    marks = [(mark.start(), mark.end()) for mark in encoder.pattern.finditer(text)]
+    text, spans = _assistant_spans(tokenizer, rendering)
+    if _left_out(messages, rendering, text, spans):
+        rendering.put_reasoning_into_content()
+        text, spans = _assistant_spans(tokenizer, rendering)
+        for index, part in _left_out(messages, rendering, text, spans):
+            raise VicugnaError(f"this model's chat template leaves out the assistant's {part}, "
+                               "which would not be learned", f"messages[{index}]",
+                               "Use a template that has a place for it, or change the data")
+    rendered, cuts, done = "", [], 0
+    for cut in chain.from_iterable(spans):
+        rendered += rendering.with_placeholders(text[done:cut])
+        cuts.append(len(rendered))
+        done = cut
+    rendered = valid_unicode(rendered + rendering.with_placeholders(text[done:]))
+    ids, offsets = tokenizer.encoder.encode_with_offsets(rendered)
+    return ids, [bisect_right(cuts, offset) % 2 == 1 for offset in offsets]
+
+
+def _assistant_spans(tokenizer: Tokenizer, rendering: "_Rendering"
+                     ) -> tuple[str, list[tuple[int, int]]]:
+    """The text of a chat, still escaped, and from where to where it is each assistant's turn."""
+    text, spans = rendering.text(), list[tuple[int, int]]()
+    marks = [(mark.start(), mark.end()) for mark in tokenizer.encoder.pattern.finditer(text)]
     ends = [end for start, end in marks
             if tokenizer.special_tokens[text[start:end]] in tokenizer.eos_ids]
-    rendered, cuts, done = "", [], 0
     for start in rendering.starts(text):
         # Where only the prompt opens a special token, as <think>, the cut is before it.
         start = next((a for a, b in marks if a < start < b), start)
-        if start < done:
+        if spans and start < spans[-1][1]:
             raise VicugnaError("this template ends no turn of the assistant with a token",
                                "chat_template.jinja", "Use another template")
-        end = next((end for end in ends if end > start), len(text))
-        for cut in (start, end):
-            rendered += rendering.with_placeholders(text[done:cut])
-            cuts.append(len(rendered))
-            done = cut
-    rendered = valid_unicode(rendered + rendering.with_placeholders(text[done:]))
-    ids, offsets = encoder.encode_with_offsets(rendered)
-    return ids, [bisect_right(cuts, offset) % 2 == 1 for offset in offsets]
+        spans.append((start, next((end for end in ends if end > start), len(text))))
+    return text, spans
+
+
+def _left_out(messages: list[Message], rendering: "_Rendering", text: str,
+              spans: list[tuple[int, int]]) -> list[tuple[int, str]]:
+    """(index, part) of what the assistant's turns in the text lack of their messages."""
+    said = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    turns = [rendering.unescape(text[start:end]) for start, end in spans]
+    return [(index, part) for index, turn in zip(said, turns, strict=True)
+            if (part := coverage.left_out(messages[index], turn))]
+
+
+def digest(tokenizer: Tokenizer, date: Date | None = None) -> str:
+    """SHA-256 (hex) of what decides the tokens of a chat: the tokenizer's digest, and the date if a
+    template asks for it."""
+    if not any("strftime_now" in template for template in tokenizer.templates.values()):
+        return tokenizer.digest
+    return digest_of([tokenizer.digest, (date or Date.today()).isoformat()])
 
 
 @lru_cache(maxsize=64)
@@ -79,6 +119,8 @@ def _first_symbols(names: Iterable[str]) -> list[str]:
 def _mapped(value: Any, change: Callable[[str], Any]) -> Any:
     """Any JSON with all its strings and keys changed; the type's name for what is not JSON, such
     as an image, whose methods are none of a template's business."""
+    if isinstance(value, JsonText):
+        return JsonText(change(str(value)) or "", _mapped(value.value, change))
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):
@@ -89,11 +131,19 @@ def _mapped(value: Any, change: Callable[[str], Any]) -> Any:
 
 
 def _as_templates_expect(message: Message) -> Message:
-    """Without null fields, and with the reasoning under its newer names too: as transformers."""
+    """Without null fields, with the reasoning under all of its names, and with calls' arguments
+    that are JSON text as JsonText."""
     message = {key: value for key, value in message.items() if value is not None}
-    reasoning = [message[key] for key in REASONING if key in message]
-    return {"thinking": reasoning[0], **message, "reasoning_content": reasoning[0]
-            } if reasoning else message
+    if reasoning := coverage.reasoning_of(message):
+        message = {**message, **dict.fromkeys(REASONING, reasoning)}
+    if calls := message.get("tool_calls"):
+        message["tool_calls"] = [{**call, "function": _with_json(call["function"])}
+                                 if "function" in call else _with_json(call) for call in calls]
+    return message
+
+
+def _with_json(call: dict[str, Any]) -> dict[str, Any]:
+    return {**call, "arguments": JsonText.of(call["arguments"])}
 
 
 class _Rendering:
@@ -113,6 +163,7 @@ class _Rendering:
         template = _compiled(tokenizer.templates[name], tuple(tokenizer.special_tokens))
         self._tokenizer = tokenizer
         check_messages(messages)
+        check_tools(tools)
         messages = list(map(_as_templates_expect, messages))
         texts: list[str] = []
         _mapped([messages, tools], texts.append)
@@ -144,6 +195,18 @@ class _Rendering:
         """Rendered text to be encoded: placeholders for the special tokens of the template, and
         user-provided text unescaped, in which the same names are plain text."""
         return self.unescape(self._tokenizer.encoder.with_placeholders(text))
+
+    def put_reasoning_into_content(self) -> None:
+        """Write reasoning as <think>...</think>, tokens where there are such, before the content:
+        for a template that has no place for it."""
+        for index, message in enumerate(self._messages):
+            if not (reasoning := coverage.reasoning_of(message)):
+                continue
+            thought, content = f"{THINK}\n{reasoning}\n{END_THINK}\n\n", message.get("content")
+            bare = {key: value for key, value in message.items() if key not in REASONING}
+            self._messages[index] = {**bare, "content": (
+                [{"type": "text", "text": thought}, *content] if isinstance(content, list) else
+                thought + (content or ""))}
 
     def text(self, prompt: bool = False, count: int | None = None) -> str:
         """The text, still escaped, of the first `count` messages (all by default). VicugnaError

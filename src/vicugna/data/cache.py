@@ -3,6 +3,7 @@
 import fcntl
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import date as Date
 from itertools import islice
 from pathlib import Path
 
@@ -28,10 +29,11 @@ class TokenFile:
     digest: str
 
 
-def open_tokens(spec: SourceSpec, tokenizer: Tokenizer, folder: Path) -> TokenFile:
+def open_tokens(spec: SourceSpec, tokenizer: Tokenizer, folder: Path,
+                date: Date | None = None) -> TokenFile:
     """The tokens of a source, from `folder` when they are already there. A text document is BOS,
-    its tokens, end of text; a chat is what `chat.encode_training` gives."""
-    digest = files.digest_of([_VERSION, content_digest(spec), tokenizer.digest])
+    its tokens, end of text; a chat is what `chat.encode_training` gives, on `date`."""
+    digest = files.digest_of([_VERSION, content_digest(spec), chat.digest(tokenizer, date)])
     place = folder / digest[:32] / "tokens"
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -40,7 +42,7 @@ def open_tokens(spec: SourceSpec, tokenizer: Tokenizer, folder: Path) -> TokenFi
             files.sweep_temporaries(place.parent)
             if not (place / "info.json").exists():
                 with files.replacing_folder(place) as temporary:
-                    _write(spec, tokenizer, temporary)
+                    _write(spec, tokenizer, temporary, date)
     except OSError as error:
         raise files.storage_error(error, place) from error
     info = files.read_json(place / "info.json")
@@ -56,7 +58,7 @@ def open_tokens(spec: SourceSpec, tokenizer: Tokenizer, folder: Path) -> TokenFi
                      mapped("mask.bin", "bool", info["tokens"]) if info["chat"] else None, digest)
 
 
-def _write(spec: SourceSpec, tokenizer: Tokenizer, folder: Path) -> None:
+def _write(spec: SourceSpec, tokenizer: Tokenizer, folder: Path, date: Date | None) -> None:
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
     kinds: set[type] = set()
     every, count, ends, begins = documents(spec), 0, [0], True
@@ -65,7 +67,7 @@ def _write(spec: SourceSpec, tokenizer: Tokenizer, folder: Path) -> None:
             kinds |= set(map(type, batch))
             if len(kinds) > 1:
                 raise VicugnaError("text and messages are mixed", spec.source, "Use two sources")
-            for ids, said, last in _encoded(batch, tokenizer):
+            for ids, said, last in _encoded(batch, tokenizer, date):
                 if begins and Text in kinds:
                     ids = [tokenizer.bos_id, *ids]
                 tokens.write(np.asarray(ids, dtype).tobytes())
@@ -82,7 +84,7 @@ def _write(spec: SourceSpec, tokenizer: Tokenizer, folder: Path) -> None:
                                             "dtype": dtype.name, "chat": Chat in kinds})
 
 
-def _encoded(batch: list[Text | Chat], tokenizer: Tokenizer
+def _encoded(batch: list[Text | Chat], tokenizer: Tokenizer, date: Date | None
              ) -> Iterator[tuple[list[int], list[bool], bool]]:
     """Tokens (without BOS for texts), loss mask (chats only), and whether the document ends."""
     pieces = [piece for piece in batch if isinstance(piece, Text)]
@@ -91,6 +93,6 @@ def _encoded(batch: list[Text | Chat], tokenizer: Tokenizer
     for one in batch:
         if isinstance(one, Chat):
             try:
-                yield *chat.encode_training(tokenizer, one.messages, one.tools), True
+                yield *chat.encode_training(tokenizer, one.messages, one.tools, date), True
             except VicugnaError as error:
                 raise VicugnaError(error.what, f"{one.where}, {error.where}", error.fix) from error

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import date as Date
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -83,12 +84,13 @@ class Stream:
 
 def open_stream(specs: Sequence[str | dict[str, Any] | SourceSpec], tokenizer: Tokenizer,
                 seq_len: int, seed: int, cache_folder: str | Path, split: str = "train",
-                pad: int | None = None) -> Stream:
+                pad: int | None = None, date: Date | None = None) -> Stream:
     """A stream of rows of `seq_len` + 1 tokens from a recipe's sources, filled up with `pad`, by
     default the tokenizer's.
 
     Files are tokenised into `cache_folder` once. `split` is train or dev (every 50th document, and
-    the tasks' dev items); a source with too little held out has no share in dev. Raises
+    the tasks' dev items); a source with too little held out has no share in dev. `date` is what
+    chat templates take for today; None is the clock's. Raises
     VicugnaError, naming file and line, for what cannot be read, and when nothing is in `split`.
     """
     sources: list[Rows] = []
@@ -97,9 +99,10 @@ def open_stream(specs: Sequence[str | dict[str, Any] | SourceSpec], tokenizer: T
     for index, spec in enumerate(parse_specs(specs)):
         own_seed = int(files.digest_of([seed, index])[:12], 16)
         if spec.source.startswith(TASK):
-            rows: Rows = TaskRows(spec, tokenizer, seq_len, own_seed, split, pad)
+            rows: Rows = TaskRows(spec, tokenizer, seq_len, own_seed, split, pad,
+                                  date)
         else:
-            tokens = open_tokens(spec, tokenizer, Path(cache_folder))
+            tokens = open_tokens(spec, tokenizer, Path(cache_folder), date)
             every = np.arange(len(tokens.offsets) - 1)
             own = every[(every % 50 == 49) == (split == "dev")]
             lengths = np.diff(tokens.offsets)[own]

@@ -1,6 +1,7 @@
 """Rows of procedural items: questions with worked solutions, made on the spot, never repeated."""
 
 import hashlib
+from datetime import date as Date
 from functools import cached_property
 from random import Random
 
@@ -47,10 +48,12 @@ class TaskRows:
     """Row k holds items (k, 0), (k, 1), ... of `split`, until the next does not fit."""
 
     def __init__(self, spec: SourceSpec, tokenizer: Tokenizer, seq_len: int, seed: int,
-                 split: str, pad: int) -> None:
+                 split: str, pad: int, date: Date | None = None) -> None:
         self._spec, self._split, self._tokenizer, self._pad = spec, split, tokenizer, pad
+        self._date = date
         self._seed, self._length = seed, seq_len + 1
-        self.digest = files.digest_of([spec.model_dump(exclude={"weight"}), tokenizer.digest])
+        self.digest = files.digest_of([spec.model_dump(exclude={"weight"}),
+                                       chat.digest(tokenizer, date)])
         least = spec.difficulty.get("length_tokens", 0)
         self._least = least[0] if isinstance(least, list) else least
         if self._least > self._length:
@@ -105,5 +108,10 @@ class TaskRows:
                    self._tokenizer.eos_ids[0]]
             mask = [True] * len(ids)
         else:
-            ids, mask = chat.encode_training(self._tokenizer, [*item.messages, item.solution])
+            try:
+                ids, mask = chat.encode_training(self._tokenizer,
+                                                 [*item.messages, item.solution], date=self._date)
+            except VicugnaError as error:
+                raise VicugnaError(error.what, f"{self._spec.source}, {error.where}",
+                                   error.fix) from error
         return np.asarray(ids, np.int32), np.asarray(mask, np.bool_)

@@ -1,0 +1,76 @@
+"""Whether a rendered turn holds all of the assistant's message that it was rendered from."""
+
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+from vicugna.chat.messages import REASONING, Message
+from vicugna.tokenizer import END_THINK, THINK
+
+
+def reasoning_of(message: Message) -> str:
+    """A message's reasoning, under whichever name; "" without any."""
+    return next((message[key] for key in REASONING if message.get(key)), "")
+
+
+def reasoning_apart(message: Message) -> Message:
+    """An assistant's message whose content begins with <think>...</think>, as many data sets have
+    it, with that as its reasoning."""
+    content = message.get("content")
+    if message["role"] != "assistant" or reasoning_of(message) or not isinstance(content, str):
+        return message
+    reasoning, closing, answer = content.lstrip().removeprefix(THINK).partition(END_THINK)
+    if not content.lstrip().startswith(THINK) or not closing:
+        return message
+    return {**message, "reasoning": reasoning.strip("\n"), "content": answer.lstrip("\n")}
+
+
+def left_out(message: Message, turn: str) -> str | None:
+    """Which part of a message its rendered turn lacks: "reasoning", "content", "tool calls" or
+    None. White space does not count; what is in JSON counts as well."""
+    left = _squeezed(turn)
+    content = message.get("content")
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content or ""}]
+    texts = [part["text"] for part in parts if part["type"] == "text"]
+    for part, pieces in (("reasoning", [reasoning_of(message)]), ("content", texts)):
+        for text in pieces:
+            found = next((form for form in _forms(text) if form in left), None)
+            if found is None:
+                return part
+            left = left.replace(found, "\0", 1) if found else left  # not to be found twice
+    for call in message.get("tool_calls") or []:
+        called = call.get("function", call)
+        arguments = called["arguments"]
+        if isinstance(arguments, str) and _squeezed(arguments) not in left:
+            with suppress(ValueError):
+                arguments = json.loads(arguments)
+        if not all(any(form in left for form in _forms(leaf))
+                   for leaf in (called["name"], *_leaves(arguments))):
+            return "tool calls"
+    return None
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """The keys, texts and numbers in a JSON value."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield key
+            yield from _leaves(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _leaves(item)
+    elif value is not None:
+        yield value
+
+
+def _forms(value: Any) -> Iterator[str]:
+    """How a template may write a text or a number: as it is, or in JSON."""
+    yield _squeezed(str(value))
+    for ascii in (False, True):
+        written = json.dumps(value, ensure_ascii=ascii)
+        yield _squeezed(written[1:-1] if isinstance(value, str) else written)
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
