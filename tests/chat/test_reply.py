@@ -116,7 +116,7 @@ def test_marks_that_decoding_skips(hidden: Tokenizer) -> None:
 
 
 @given(data=st.data())
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=200)
 @pytest.mark.parametrize("kind", ["tok", "words", "hidden"])
 def test_no_way_to_stream_changes_a_reply(kind: str, data: st.DataObject,
                                           request: pytest.FixtureRequest) -> None:

@@ -74,34 +74,37 @@ class ReplyParser:
             self._marks.append((mark, start, self._decoded))
         return text
 
-    def _find(self, mark: str, start: int = 0) -> tuple[int, int] | None:
-        """Where the first `mark` from `start` on begins and ends in the text."""
+    def _find(self, mark: str, after: int = 0) -> tuple[int, int, int] | None:
+        """Where the next `mark` begins and ends in the text, and after what the next one is to be
+        looked for."""
         if not self._names:
-            at = self._text.find(mark, start)
-            return None if at < 0 else (at, at + len(mark))
-        return next(((begin, end) for kind, begin, end in self._marks
-                     if kind == mark and start <= begin <= len(self._text)), None)
+            at = self._text.find(mark, after)
+            return None if at < 0 else (at, at + len(mark), at + len(mark))
+        return next(((begin, end, n) for n, (kind, begin, end) in enumerate(self._marks, 1)
+                     if kind == mark and n > after and begin <= len(self._text)), None)
 
     def _parse(self, last: bool) -> tuple[str, str]:
         """Set what the text so far is; what of it may be shown, which only grows."""
         text, opening = self._text, self._find(THINK)
-        if opening and not text[:opening[0]].strip():
-            return self._split(opening[1], last)
+        closing = self._find(END_THINK) if self._names else None
+        unopened = closing and (opening is None or opening[2] > closing[2])
+        if opening and not unopened and not text[:opening[0]].strip():
+            return self._split(opening[1], opening[2], last)
         # White space, or half a mark, may yet turn out to precede or to be the opening one.
-        if not last and (THINK if not self._names else "").startswith(text.strip()):
+        if not last and not unopened and (
+                THINK if not self._names else "").startswith(text.strip()):
             return self._shown
         if self._opened:
-            return self._split(0, last)
-        closing = None if self._closed or not self._names else self._find(END_THINK)
-        if closing and (opening is None or opening > closing):
-            self._split(0, last)
+            return self._split(0, 0, last)
+        if unopened and not self._closed:
+            self._split(0, 0, last)
         else:
             self.content = text
         return "", text
 
-    def _split(self, start: int, last: bool) -> tuple[str, str]:
+    def _split(self, start: int, after: int, last: bool) -> tuple[str, str]:
         """Set reasoning and content, where the reasoning begins at `start`."""
-        closing = self._find(END_THINK, start)
+        closing = self._find(END_THINK, after)
         self.in_reasoning = closing is None
         if closing is None:
             reasoning, self.content = self._text[start:], ""
