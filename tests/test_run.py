@@ -20,7 +20,7 @@ from runs import RECIPE, arguments, made_by, run_to_its_end, start
 import vicugna
 from vicugna import run
 from vicugna.distributed import Ranks
-from vicugna.errors import VicugnaError
+from vicugna.errors import Refused, VicugnaError
 from vicugna.files import owned, read_json
 from vicugna.ledger import Ledger
 from vicugna.release import verify
@@ -63,8 +63,8 @@ def test_interrupted_it_says_so(tmp_path: Path) -> None:
     _, err = process.communicate()
     if process.returncode != 0:  # it may have been done by then
         assert process.returncode == 130 and "Traceback" not in err
-        assert err.endswith("vicugna: interrupted. Give the same command again: a run goes on "
-                            "from here\n")
+        assert err.endswith("vicugna: interrupted. A run resumes where it stopped: repeat the "
+                            "command\n")
         attempts = Ledger(folder.parent / "ledger.sqlite").attempts()
         assert {a.outcome for a in attempts} <= {"done", "interrupted"}
 
@@ -78,19 +78,19 @@ class Small:
         source = {"source": str(folder / "text.txt")}
         self.values: dict[str, Any] = {
             "model": {"depth": 1, "width": 16, "heads": 2, "context": 256, "window": 8},
-            "data": {"sources": [source]},
-            "stages": [
-                {"kind": "tokenizer", "vocab_size": 300, "bytes_per_source": 5000},
-                {"kind": "pretrain", "steps": 4, "rows": 2, "sequence_length": 32,
-                 "precision": "fp32", "sources": [source], "checkpoint_every": 1,
-                 "validation_rows": 0}, *more]}
-
-    def __call__(self, only: str | None = None) -> run.Run:
-        return run.run_recipe(Recipe.model_validate(self.values), self.folder, Ranks(), only)
+            "data": {"sources": [source]}}
+        self.stages: list[dict[str, Any]] = [
+            {"kind": "tokenizer", "vocab_size": 300, "bytes_per_source": 5000},
+            {"kind": "pretrain", "steps": 4, "rows": 2, "sequence_length": 32,
+             "precision": "fp32", "sources": [source], "checkpoint_every": 1,
+             "validation_rows": 0}, *more]
 
     @property
-    def stages(self) -> list[dict[str, Any]]:
-        return self.values["stages"]
+    def recipe(self) -> dict[str, Any]:
+        return {**self.values, "stages": self.stages}
+
+    def __call__(self, only: str | None = None) -> run.Run:
+        return run.run_recipe(Recipe.model_validate(self.recipe), self.folder, Ranks(), only)
 
     @property
     def ledger(self) -> Ledger:
@@ -169,6 +169,152 @@ def test_an_edited_recipe_redoes_what_it_changes(small: Small) -> None:
     small()
     assert (small.folder / "01-tokenizer.old-1").exists()
     assert (small.folder / "02-pretrain.old-2").exists()
+
+
+def frozen(small: Small) -> dict[str, bytes]:
+    """Every finished stage's stage.json, by the stage's name."""
+    return {path.parent.name.split("-", 1)[1]: path.read_bytes()
+            for path in small.folder.glob("??-*/stage.json") if ".old" not in path.parent.name}
+
+
+def folders(small: Small) -> list[str]:
+    return sorted(path.name for path in small.folder.glob("??-*"))
+
+
+def test_a_stage_put_in_between_repeats_no_other(small: Small, monkeypatch: pytest.MonkeyPatch
+                                                 ) -> None:
+    small.stages.append(SFT)
+    small()
+    before = frozen(small)
+    small.stages.insert(2, {**EVAL, "name": "early"})
+    small.stages.append({**EVAL, "compare": ["pretrain"]})
+    monkeypatch.setattr(supervised, "from_data", None)  # would raise
+    monkeypatch.setattr(run, "train_tokenizer", None)
+    small()
+    assert folders(small) == ["01-tokenizer", "02-pretrain", "03-early", "04-sft", "05-eval"]
+    assert before.items() < frozen(small).items()
+    assert {path.parent.name for path in small.folder.glob("0*/*/results.json")} == {
+        "pretrain", "sft"}
+    del small.stages[2]
+    small()
+    assert folders(small) == ["01-tokenizer", "02-pretrain", "03-early", "03-sft", "04-eval"]
+    small.stages.insert(2, {**EVAL, "name": "early"})  # its folder was left, and is found again
+    count = len(small.ledger.attempts())
+    small()
+    assert folders(small) == ["01-tokenizer", "02-pretrain", "03-early", "04-sft", "05-eval"]
+    assert len(small.ledger.attempts()) == count
+
+
+def test_killed_between_two_renamings_it_goes_on(small: Small, monkeypatch: pytest.MonkeyPatch
+                                                 ) -> None:
+    small.stages += [SFT, EVAL]
+    small()
+    before = frozen(small)
+    small.stages.insert(1, {**SFT, "name": "zero"})
+    small.stages[1], small.stages[2] = small.stages[2], small.stages[1]
+    real, left = Path.rename, 1
+
+    def rename(path: Path, target: Path) -> Path:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise SystemExit("killed")
+        return real(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename)
+        with pytest.raises(SystemExit):
+            small()
+    assert len(folders(small)) == 4
+    small()
+    assert folders(small) == ["01-tokenizer", "02-pretrain", "03-zero", "04-sft", "04-sft.old-1",
+                              "05-eval", "05-eval.old-1"]  # their model is another one now
+    assert {name: frozen(small)[name] for name in ("tokenizer", "pretrain")} == {
+        name: before[name] for name in ("tokenizer", "pretrain")}
+
+
+def test_a_name_that_ends_in_another_name(small: Small) -> None:
+    small.stages += [{**SFT, "name": "more-sft"}, SFT]
+    small()
+    small.stages.insert(1, small.stages.pop())  # which changes what both start from
+    small.stages[1], small.stages[2] = small.stages[2], small.stages[1]
+    small()
+    assert [name for name in folders(small) if "old" not in name] == [
+        "01-tokenizer", "02-pretrain", "03-sft", "04-more-sft"]
+
+
+def test_a_kind_twice_sees_other_data_and_a_later_one_repeats_nothing(
+        small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[tuple[str, int]] = []
+    real = run.training.train_stage
+
+    def train_stage(model: Any, spec: Any, seed: int, *more: Any) -> Any:
+        seeds.append((spec.name, seed))
+        return real(model, spec, seed, *more)
+
+    monkeypatch.setattr(run.training, "train_stage", train_stage)
+    rl = {"kind": "rl", "steps": 1, "prompts": 2, "group": 2, "max_new_tokens": 4,
+          "precision": "fp32", "tasks": ["task:reasoning.steps"]}
+    small.stages += [SFT, rl, {**SFT, "name": "sft2"}]
+    small()
+    small.stages.append({**rl, "name": "rl2"})
+    done = small()
+    assert [name for name, _ in seeds] == ["pretrain", "sft", "rl", "sft2", "rl2"]
+    used = dict(seeds)
+    assert used["pretrain"] == used["sft"] == used["rl"] == 0
+    assert used["sft2"] != 0 != used["rl2"]
+    assert [attempt.parents for attempt in small.ledger.attempts()][-2:] == [
+        [done.output("rl")], [done.output("sft2")]]
+
+
+def test_releases_in_the_middle_and_at_the_end(small: Small) -> None:
+    small.stages += [{**EVAL, "name": "first"},
+                     {**RELEASE, "name": "early", "title": "Early", "purpose": "product"},
+                     SFT, EVAL, {**RELEASE, "title": "Late"}]
+    done = small()
+    for name, title, model in (("early", "Early", "pretrain"), ("release", "Late", "sft")):
+        folder = done.path(name) / "release"
+        assert (folder / "README.md").read_text().count(f"# {title}\n") == 1
+        assert all(check.ok for check in verify(folder, 2))
+        assert read_json(folder / "manifest.json")["model_digest"] == done.output(model)
+    purposes = {(attempt.kind, attempt.result["digest"]): attempt.purpose
+                for attempt in small.ledger.attempts()}
+    assert {key for key, purpose in purposes.items() if purpose == "product"} == {
+        ("tokenizer", done.output("tokenizer")), ("pretrain", done.output("pretrain")),
+        ("eval", read_json(done.path("first") / "pretrain" / "results.json")["results_digest"]),
+        ("release", done.output("early"))}
+    assert len(purposes) == 7
+
+
+def test_a_release_that_is_refused_is_entered_as_refused(small: Small) -> None:
+    small.stages += [EVAL, RELEASE]
+    for name in ("tokenizer", "pretrain", "eval"):
+        small(name)
+    results = small.folder / "03-eval" / "pretrain" / "results.json"
+    results.write_text(results.read_text().replace('"wrong": ', '"wrong": 1'))
+    with pytest.raises(Refused):
+        small("release")
+    last = small.ledger.attempts()[-1]
+    assert (last.kind, last.outcome) == ("release", "refused") and last.result["error"]
+    assert not list(small.folder.rglob("manifest.json"))
+
+
+def test_a_run_that_was_moved_is_the_same_run(small: Small, tmp_path: Path) -> None:
+    """Neither its place nor its name is an input, and no release tells where it was made."""
+    small.stages += [EVAL, RELEASE]
+    small()
+    before = frozen(small)
+    moved = tmp_path / "elsewhere"
+    small.folder.parent.rename(moved)
+    (moved / "r").rename(moved / "renamed")
+    small.folder = moved / "renamed"
+    small()
+    assert frozen(small) == before and len(small.ledger.attempts()) == 4
+    release = small.folder / "04-release" / "release"
+    assert all(check.ok for check in verify(release.rename(tmp_path / "any name"), 2))
+    for path in (tmp_path / "any name").rglob("*"):
+        if path.is_file() and path.name not in ("recipe.yaml", "README.md"):  # they name sources
+            assert str(tmp_path).encode() not in path.read_bytes()
 
 
 def test_the_stored_recipe_makes_the_same_run(small: Small, tmp_path: Path) -> None:
@@ -277,7 +423,7 @@ def test_own_chats_tune_a_llama_made_by_transformers(small: Small, tmp_path: Pat
     mine = [{"source": str(tmp_path / "mine.jsonl")}]
     sft = {**small.stages[1], "kind": "sft", "sources": mine, "sequence_length": 64}
     del small.values["data"]  # the checkpoint has a tokenizer, and no stage names the corpus
-    small.values |= {"model": {"start": str(tmp_path / "llama")}, "stages": [sft, EVAL]}
+    small.values["model"], small.stages = {"start": str(tmp_path / "llama")}, [sft, EVAL]
     done = small()
     tuned = vicugna.load(done.path("sft") / "checkpoint")
     assert tuned.config.to_dict()["model_type"] == "llama"
@@ -340,7 +486,7 @@ def test_a_corpus_that_is_missing_is_named(data: Any, stage: str, sources: list[
     del small.values["data"]
     if data is not None:
         small.values["data"] = data
-    (tmp_path / "recipe.yaml").write_text(json.dumps(small.values))
+    (tmp_path / "recipe.yaml").write_text(json.dumps(small.recipe))
     with pytest.raises(VicugnaError) as caught:
         read(tmp_path / "recipe.yaml")
     assert caught.value.what == ("data.sources is missing or empty, but this stage learns from "

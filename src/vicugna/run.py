@@ -239,33 +239,33 @@ def _clear(path: Path, inputs: str, log: Log) -> None:
 def _inputs(run: Run, stage: AnyStage) -> tuple[str, str, list[str]]:
     """(digest of all that decides what the stage makes, digest of its data, its parents')."""
     recipe, data_digest, parents = run.recipe, "", list[str]()
-    decides: dict[str, Any] = {"spec": stage.model_dump(mode="json", exclude={"name"}),
-                               "seed": _seed(run, stage), "date": recipe.date.isoformat()}
+    decides: dict[str, Any] = {"spec": stage.model_dump(mode="json", exclude={"name"})}
     before = recipe.model_before(stage.name)
     match stage:
         case TokenizerSpec():
-            del decides["date"]
             data_digest = files.digest_of([
                 [s.model_dump(mode="json"), "" if s.source.startswith(TASK) else content_digest(s)]
                 for s in stage.sources])
         case EvalSpec():
+            decides["date"] = recipe.date.isoformat()
             parents = [run.output(name) for name in recipe.scored(stage)]
         case ReleaseSpec():
             parents = [run.output(name) for name in (before, *recipe.evidence(stage.name)) if name]
         case _:
+            decides |= {"date": recipe.date.isoformat(), "seed": _seed(run, stage)}
             parents = [run.output(before) if before else run.tokenizer(stage.name).digest]
             if before is None:
                 decides["model"] = recipe.model.model_dump(mode="json")
     if isinstance(stage, TrainSpec):
         data_digest = data.open_stream(stage.sources, run.tokenizer(stage.name),
-                                       stage.sequence_length, decides["seed"],
+                                       stage.sequence_length, _seed(run, stage),
                                        run.folder / "tokens").digest
     return (files.digest_of({**decides, "data": data_digest, "parents": parents}), data_digest,
             parents)
 
 
-def _seed(run: Run, stage: AnyStage) -> int:
-    """The recipe's seed for the first stage of a kind; others for the next of the same kind."""
+def _seed(run: Run, stage: StageSpec) -> int:
+    """The recipe's seed for the first training stage of a kind, another for each further one."""
     earlier = [one for one in run.recipe.before(stage.name) if one.kind == stage.kind]
     return run.recipe.seed if not earlier else int(
         files.digest_of([run.recipe.seed, len(earlier)])[:12], 16)

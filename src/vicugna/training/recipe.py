@@ -1,7 +1,6 @@
 """Recipes: the stages a model goes through, as YAML that is checked before anything runs."""
 
 import datetime
-import json
 from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
@@ -15,6 +14,7 @@ from vicugna import models
 from vicugna.data import SourceSpec
 from vicugna.errors import VicugnaError, did_you_mean
 from vicugna.files import digest_of, read_text
+from vicugna.training import earlier_recipe
 
 START = "start"  # the name of the checkpoint model.start among those that stages make
 CORPUS = "corpus"  # the source that stands for data.sources
@@ -286,7 +286,7 @@ def find(recipe: str | Path) -> Path:
     package. VicugnaError if there is none."""
     path = Path(recipe).expanduser()
     known = {one.stem: one for folder in RECIPES[::-1] for one in sorted(folder.glob("*.yaml"))}
-    if path.exists():
+    if path.exists() and not path.is_dir():
         return path
     if str(recipe) not in known:
         raise VicugnaError("no such file, and no recipe of this name", str(recipe),
@@ -305,9 +305,7 @@ def read(recipe: str | Path, settings: Sequence[str] = ()) -> Recipe:
         raise VicugnaError(f"not valid YAML: {error}", str(path), "Correct the file") from error
     if not isinstance(values, dict):
         raise VicugnaError("not a recipe: the file holds no keys", str(path), "See recipes/")
-    if old := [kind for kind in KINDS if kind in values]:
-        raise VicugnaError(f"stages are a list now, not keys of their own ({', '.join(old)})",
-                           str(path), f"Write in their place: {_as_stages(values)}")
+    earlier_recipe.refuse(values, str(path))
     for setting in settings:
         _override(values, setting)
     try:
@@ -319,30 +317,6 @@ def read(recipe: str | Path, settings: Sequence[str] = ()) -> Recipe:
     except VicugnaError as error:
         raise VicugnaError(error.what, f"{path}, model", error.fix) from error
     return made
-
-
-def _as_stages(values: dict[str, Any]) -> str:
-    """The stages of a recipe in which each kind was a key of its own, as one line of YAML."""
-    new = not (isinstance(values.get("model"), dict) and values["model"].get("start"))
-    stages = [{"kind": kind, **value} for kind in KINDS if isinstance(
-        value := values.get(kind, {} if kind == "tokenizer" else None), dict)
-        and (new or kind != "tokenizer")]
-    corpus = [one.get("source") if isinstance(one, dict) else one
-              for one in (values.get("data") or {}).get("sources") or ()]
-    learned: dict[Any, Any] = {CORPUS: CORPUS} if corpus else {}
-    for stage in stages:
-        if stage["kind"] == "release" and "name" in stage:
-            stage["title"] = stage.pop("name")
-        for one in stage.get("sources") or () if stage["kind"] in ("pretrain", "sft") else ():
-            source = one["source"] if isinstance(one, dict) else one
-            if source not in corpus:  # the tokenizer learned from it, too
-                learned[source] = {key: value for key, value in one.items() if key not in (
-                    "weight", "form")} if isinstance(one, dict) else one
-    if new and len(learned) > 1:
-        stages[0]["sources"] = list(learned.values())
-    plain = json.loads(json.dumps(stages, default=str))  # no object twice: YAML would refer back
-    return "stages: " + yaml.safe_dump(plain, sort_keys=False, default_flow_style=True,
-                                       allow_unicode=True, width=10**6).strip()
 
 
 def _override(values: dict[str, Any], setting: str) -> None:
