@@ -259,7 +259,7 @@ def _inputs(run: Run, stage: AnyStage) -> tuple[str, str, list[str]]:
     if isinstance(stage, TrainSpec):
         data_digest = data.open_stream(stage.sources, run.tokenizer(stage.name),
                                        stage.sequence_length, _seed(run, stage),
-                                       run.folder / "tokens").digest
+                                       run.folder / "tokens", date=recipe.date).digest
     return (files.digest_of({**decides, "data": data_digest, "parents": parents}), data_digest,
             parents)
 
@@ -287,7 +287,7 @@ def _train(run: Run, stage: TrainSpec | RlSpec, path: Path) -> Result:
         model = run.model(before)
         run.loaded.clear()  # training changes it
     return training.train_stage(model, stage, seed, path, run.folder / "tokens", stage.name,
-                                run.ranks)
+                                run.ranks, run.recipe.date)
 
 
 def _evaluate(run: Run, stage: EvalSpec, path: Path) -> Result:

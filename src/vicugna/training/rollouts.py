@@ -5,6 +5,7 @@ advantage of a response is its reward less its group's mean, not divided by the 
 deviation. The loss is objectives.policy_gradient."""
 
 from dataclasses import dataclass
+from datetime import date as Date
 
 import numpy as np
 import torch
@@ -34,11 +35,12 @@ class Response:
 
 
 def rollout(network: nn.Module, tokenizer: Tokenizer, spec: RlSpec, seed: int, step: int,
-            ranks: Ranks) -> TrainingBatch:
+            ranks: Ranks, date: Date | None = None) -> TrainingBatch:
     """Sample and score this rank's responses of `step`: the batch for objectives.policy_gradient.
-    Groups whose responses all have the same reward have no gradient and are left out of it."""
+    Groups whose responses all have the same reward have no gradient and are left out of it.
+    `date` is the day that a chat template may ask for."""
     items = [item for item in questions(spec, seed, step, ranks) for _ in range(spec.group)]
-    prompts = [chat.encode(tokenizer, item.messages) for item in items]
+    prompts = [chat.encode(tokenizer, item.messages, date=date) for item in items]
     first = ranks.rank * len(prompts)  # among the step's responses: seeds do not depend on ranks
     samplings = [Sampling(max_new_tokens=spec.max_new_tokens, temperature=spec.temperature,
                           seed=int(digest_of([seed, step, number])[:12], 16))

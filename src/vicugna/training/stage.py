@@ -1,5 +1,6 @@
 """One training stage: the model it starts from, what it is trained with, and what it leaves."""
 
+from datetime import date as Date
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +29,17 @@ def start(spec: ModelSpec, tokenizer: Tokenizer, seed: int, ranks: Ranks) -> Mod
 
 
 def train_stage(model: Model, spec: TrainSpec | RlSpec, seed: int, folder: Path, cache: Path,
-                name: str, ranks: Ranks) -> tuple[str, dict[str, Any]]:
+                name: str, ranks: Ranks, date: Date) -> tuple[str, dict[str, Any]]:
     """Train `model` by `spec` and save it as folder/checkpoint; its digest ("" on all ranks but
-    the first), and what it cost."""
+    the first), and what it cost. `date` is the day that a chat template may ask for."""
     network, tok = model.network, model.tokenizer
     assert tok is not None
     if isinstance(spec, RlSpec):
         spent = train(network, policy_gradient,
-                      lambda step: rollouts.rollout(network, tok, spec, seed, step, ranks),
+                      lambda step: rollouts.rollout(network, tok, spec, seed, step, ranks, date),
                       spec, folder, name, ranks)
     else:
-        spent = supervised.from_data(network, tok, spec, seed, folder, cache, name, ranks)
+        spent = supervised.from_data(network, tok, spec, seed, folder, cache, name, ranks, date)
     trained = model.with_network(parallel.whole(network))
     if ranks.first:
         trained.save(folder / "checkpoint")

@@ -1,5 +1,6 @@
 """Pretraining and supervised fine-tuning: the trainer over a stream of texts and chats."""
 
+from datetime import date as Date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ from vicugna.training.trainer import Validate, train
 
 
 def from_data(network: nn.Module, tokenizer: Tokenizer, spec: TrainSpec, seed: int, folder: Path,
-              cache: Path, where: str, ranks: Ranks) -> dict[str, Any]:
+              cache: Path, where: str, ranks: Ranks, date: Date | None = None
+              ) -> dict[str, Any]:
     """Train on `spec.sources`: next-token loss, a mean over the step's targets on all ranks.
-    Returns trainer.train's cost."""
+    `date` is the day that a chat template may ask for. Returns trainer.train's cost."""
     config: Any = network.config
     check_length(spec.sequence_length, config.context_length, where)
     if ranks.device.type == "cpu":
@@ -30,7 +32,7 @@ def from_data(network: nn.Module, tokenizer: Tokenizer, spec: TrainSpec, seed: i
         element = 2 if spec.precision == "bf16" else 4
         cost.check_memory(network, rows, spec.sequence_length, element, where)
     opened = partial(data.open_stream, spec.sources, tokenizer, spec.sequence_length, seed, cache,
-                     pad=padding(tokenizer, network))
+                     pad=padding(tokenizer, network), date=date)
     stream, prefetched = opened(), None
 
     def batch_of(step: int) -> TrainingBatch:
