@@ -5,9 +5,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,13 @@ class Ranks:
         """Go on when every rank is here."""
         if self.world > 1:
             dist.barrier()
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, by rank, on all ranks."""
+        gathered = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(gathered, value)
+        return gathered
 
     def total(self, *values: float) -> list[float]:
         """The sum over all ranks of each value (float64)."""
@@ -46,8 +56,8 @@ def process_group() -> Iterator[Ranks]:
         return
     if cuda:
         torch.cuda.set_device(device)
-    # The others wait while the first rank evaluates; torchrun ends them when one dies.
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=7))
+    # The others wait while the first rank saves or releases; torchrun ends them when one dies.
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), device)
     finally:

@@ -212,7 +212,7 @@ def _run_stage(run: Run, stage: AnyStage, log: Log) -> None:
     log(f"{stage.name}: begins")
     with recorded(run.ledger, attempt, run.folder):
         digest, cost = (WORK[stage.kind](run, stage, path)
-                        if isinstance(stage, StageSpec) or run.ranks.first
+                        if isinstance(stage, StageSpec | EvalSpec) or run.ranks.first
                         else ("", {}))  # the first rank alone does the rest
         if run.ranks.first:
             if attempt:
@@ -298,10 +298,12 @@ def _evaluate(run: Run, stage: EvalSpec, path: Path) -> Result:
         words = model.tokenizer or run.start_tokenizer
         fewer = stage.compare_groups if name != final else ()
         plan = evals.build_plan([group for group in stage.groups
-                                 if not fewer or group["group"] in fewer], words)
+                                 if not fewer or group["group"] in fewer], words,
+                                run.recipe.date)
         digests.append(evaluate(model, plan, stage.batch, path / name, run.ledger,
                                 run.recipe.digest, run.folder.resolve().name,
-                                purpose=run.recipe.purpose(stage.name)).digest)
+                                purpose=run.recipe.purpose(stage.name),
+                                ranks=run.ranks).digest)
     made = [one.cost for one in run.ledger.attempts() if one.result.get("digest") in digests]
     cost = {k: sum(c.get(k, 0) for c in made) for k in ("tokens", "flops", "device_seconds")}
     return files.digest_of(digests), {**cost, "peak_memory_bytes": peak_memory()}

@@ -1,10 +1,11 @@
-"""Counting: every planned item once, whatever happens while it is asked."""
+"""Every planned item is counted once, whatever happens while it is asked."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +13,28 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vicugna import checkpoint, evals, models, tokenizer
+from vicugna import evals, models, tasks, tokenizer
 from vicugna.engine import Sampling
 from vicugna.errors import VicugnaError
-from vicugna.evals.plan import plan_item, sort_plan, split_batches
+from vicugna.evals.plan import Plan, plan_item, sort_plan, split_batches
 from vicugna.evals.runner import LocalModel, Reply, run
 from vicugna.files import digest_of
+from vicugna.model import Model
 from vicugna.tasks import Difficulty, Item, split_seed
 
 TOKENIZER = tokenizer.train(["right wrong truncated no reply bad score half nan " * 9], 300)
+DAY = date(2026, 1, 1)
 
 
 class Echo:
-    """A task whose question says what must happen to it."""
+    """A task whose question names its outcome."""
 
     name = "echo"
-    fate = ("right", "wrong", "truncated", "no reply", "bad score", "half", "right", "nan")
+    outcome = ("right", "wrong", "truncated", "no reply", "bad score", "half", "right", "nan")
 
     def item(self, seed: int, difficulty: Difficulty) -> Item:
-        fate = self.fate[seed % len(self.fate)]
-        messages = [{"role": "user", "content": f"{fate} " + "word " * (seed % 5)}]
+        outcome = self.outcome[seed % len(self.outcome)]
+        messages = [{"role": "user", "content": f"{outcome} " + "word " * (seed % 5)}]
         return Item(self.name, seed, difficulty, messages, "right",
                     {"role": "assistant", "content": "right"}, {"cluster": f"c{seed % 3}"})
 
@@ -42,7 +45,7 @@ class Echo:
 
 
 class Scripted:
-    """Answers with the question's first words; dies before call number `dies`."""
+    """Answers with the question's first words; interrupted before call number `dies`."""
 
     digest, precision, platform = "d" * 64, "float32", "here"
 
@@ -68,9 +71,9 @@ class Scripted:
 ECHO = {"echo": Echo()}
 
 
-def plan_of(n: int) -> list[evals.PlannedItem]:
-    return sort_plan(plan_item("g", Echo().item(seed, Difficulty()), 8, TOKENIZER)
-                     for seed in range(n))
+def plan_of(n: int) -> Plan:
+    return sort_plan((plan_item("g", Echo().item(seed, Difficulty()), 8, TOKENIZER, DAY)
+                      for seed in range(n)), DAY)
 
 
 def go(folder: Path, n: int = 40, dies: int = -1, **more: Any) -> evals.Results:
@@ -86,7 +89,7 @@ def test_every_planned_item_ends_once_and_counts(tmp_path: Path) -> None:
     assert row.low < 0.25 < row.high
     assert seen[0] == (0, 40) and seen[-1] == (40, 40)
     records = evals.read_records(tmp_path / "items.jsonl")
-    assert [record["id"] for record in records] == [item.id for item in plan_of(40)]
+    assert [record["id"] for record in records] == [item.id for item in plan_of(40).items]
     errors = {record["error"] for record in records if record["outcome"] == "error"}
     assert errors == {"refused", "ZeroDivisionError: no such luck",
                       "ValueError: the score nan is not between 0 and 1"}
@@ -106,7 +109,8 @@ def test_an_item_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
     results = run(Scripted(), plan_of(8), tmp_path, own_tasks={"echo": Broken()})
     assert results.rows[0].n == 8 and results.rows[0].error == 4
     with pytest.raises(VicugnaError, match="no longer makes the planned question"):
-        run(Scripted(), [replace(plan_of(8)[0], seed=3)], tmp_path / "b", own_tasks=ECHO)
+        changed = Plan([replace(plan_of(8).items[0], seed=3)], DAY)
+        run(Scripted(), changed, tmp_path / "b", own_tasks=ECHO)
 
 
 def test_a_failing_machine_is_no_outcome(tmp_path: Path) -> None:
@@ -188,9 +192,10 @@ def test_edited_items_do_not_count(tmp_path: Path, change: str) -> None:
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(1, 9),
        st.integers(1, 200))
-def test_slices_hold_every_item_once_and_keep_to_the_limits(
+def test_batches_hold_every_item_once_and_keep_to_the_limits(
         lengths: list[int], size: int, tokens: int) -> None:
-    plan = [replace(plan_of(1)[0], prompt_tokens=length, max_new_tokens=1) for length in lengths]
+    one = plan_of(1).items[0]
+    plan = [replace(one, prompt_tokens=length, max_new_tokens=1) for length in lengths]
     batches = split_batches(plan, size, tokens)
     assert [item for batch in batches for item in batch] == plan
     for batch in batches:
@@ -199,14 +204,14 @@ def test_slices_hold_every_item_once_and_keep_to_the_limits(
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> checkpoint.Checkpoint:
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     words = tokenizer.train(["The code of indigo barrel is 8715. Snow fell. Birds sang."] * 3, 280)
     network = models.build({
         "model_type": "llama", "vocab_size": words.vocab_size, "hidden_size": 16,
         "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
         "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 600})
     models.initialise(network, 0)
-    return checkpoint.Checkpoint(network.eval(), words, {})
+    return Model(network.eval(), words, {})
 
 
 SPECS: list[dict[str, Any]] = [
@@ -218,37 +223,38 @@ SPECS: list[dict[str, Any]] = [
      "max_new_tokens": 5}]
 
 
-def test_a_plan_is_fitted_sorted_and_the_same_each_time(model: checkpoint.Checkpoint) -> None:
+def test_a_plan_is_fitted_sorted_and_the_same_each_time(model: Model) -> None:
     assert model.tokenizer
-    plan = evals.build_plan(SPECS, model.tokenizer)
-    assert plan == evals.build_plan(SPECS, model.tokenizer)
-    assert [item.prompt_tokens for item in plan] == sorted(item.prompt_tokens for item in plan)
-    for item in plan:
+    plan = evals.build_plan(SPECS, model.tokenizer, DAY)
+    assert plan == evals.build_plan(SPECS, model.tokenizer, DAY)
+    lengths = [item.prompt_tokens for item in plan.items]
+    assert lengths == sorted(lengths)
+    for item in plan.items:
         if item.length_tokens:
             assert 0.95 * item.length_tokens <= item.prompt_tokens <= item.length_tokens
-    assert {item.row[2] for item in plan} == {"500 tokens", "900 tokens", "depth 2"}
-    seeds = sorted(item.seed for item in plan if item.group == "sums")
+    assert {item.row[2] for item in plan.items} == {"500 tokens", "900 tokens", "depth 2"}
+    seeds = sorted(item.seed for item in plan.items if item.group == "sums")
     assert seeds == [split_seed("test", k) for k in range(5)]
     assert evals.PlannedItem.from_dict(json.loads(json.dumps(
-        {**vars(plan[0]), "difficulty": vars(plan[0].difficulty)}))) == plan[0]
+        {**vars(plan.items[0]), "difficulty": vars(plan.items[0].difficulty)}))) == plan.items[0]
 
 
 @pytest.mark.parametrize("change", [
     {"n": 0}, {"n": "many"}, {"m": 3}, {"split": "exam"}, {"task": "retrieval.singel"},
     {"difficulty": {"dept": 2}}, {"difficulty": {"depth": 0}}, {"max_new_tokens": 0},
     {"length_tokens": 3}])
-def test_a_wrong_spec_is_named(model: checkpoint.Checkpoint, change: dict[str, Any]) -> None:
+def test_a_wrong_spec_is_named(model: Model, change: dict[str, Any]) -> None:
     assert model.tokenizer
     with pytest.raises(VicugnaError):
-        evals.build_plan([{**SPECS[0], **change}], model.tokenizer)
+        evals.build_plan([{**SPECS[0], **change}], model.tokenizer, DAY)
     with pytest.raises(VicugnaError, match="asked twice"):
-        evals.build_plan([SPECS[0], SPECS[0]], model.tokenizer)
+        evals.build_plan([SPECS[0], SPECS[0]], model.tokenizer, DAY)
 
 
-def test_a_real_model_too_long_prompts_are_errors(model: checkpoint.Checkpoint,
+def test_a_real_model_too_long_prompts_are_errors(model: Model,
                                                   tmp_path: Path) -> None:
     assert model.tokenizer
-    plan = evals.build_plan(SPECS, model.tokenizer)
+    plan = evals.build_plan(SPECS, model.tokenizer, DAY)
     results = run(model, plan, tmp_path / "a", batch_size=4)
     rows = {row.difficulty: row for row in results.rows}
     assert rows["900 tokens"].error == rows["900 tokens"].n == 3
@@ -261,7 +267,7 @@ def test_a_real_model_too_long_prompts_are_errors(model: checkpoint.Checkpoint,
 
 
 def test_one_failing_prompt_does_not_take_its_batch_with_it(
-        model: checkpoint.Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+        model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     real = evals.runner.engine.generate
 
     def picky(network: Any, tokenizer: Any, prompts: list[list[int]], *rest: Any) -> Any:
@@ -271,6 +277,89 @@ def test_one_failing_prompt_does_not_take_its_batch_with_it(
 
     monkeypatch.setattr("vicugna.evals.runner.engine.generate", picky)
     short, long = ([{"role": "user", "content": "a " * k}] for k in (2, 90))
-    replies = LocalModel(model).answer([short, long, short], [Sampling(max_new_tokens=2)] * 3)
+    replies = LocalModel(model, DAY).answer([short, long, short], [Sampling(max_new_tokens=2)] * 3)
     assert [reply.error for reply in replies] == [None, "RuntimeError: no", None]
     assert replies[0] == replies[2]
+
+
+REFUSING = """{%- for message in messages -%}
+{%- if message.role == "system" -%}{{ raise_exception("no system messages") }}{%- endif -%}
+{%- if not loop.first and message.role == loop.previtem.role -%}
+{{ raise_exception("roles must alternate") }}{%- endif -%}
+{{ message.role }}: {{ message.content }}
+{% endfor %}{{ strftime_now("%d %B %Y") }}"""
+
+
+@pytest.fixture
+def strict_model(model: Model, tmp_path: Path) -> Model:
+    """The model with a template that refuses some chats and writes the date."""
+    assert model.tokenizer
+    model.tokenizer.save(tmp_path / "words")
+    (tmp_path / "words" / "chat_template.jinja").write_text(REFUSING)
+    return Model(model.network, tokenizer.Tokenizer(tmp_path / "words"))
+
+
+def test_what_the_template_refuses_is_an_error_of_its_line(
+        strict_model: Model, tmp_path: Path) -> None:
+    assert strict_model.tokenizer
+    user = {"role": "user", "content": "Snow?"}
+    chats = [[user], [{"role": "system", "content": "Be brief."}, user], [user, user],
+             [{"role": "user", "content": "Snow " * 600}]]
+    (tmp_path / "mine.jsonl").write_text("\n\n".join(
+        json.dumps({"messages": chat, "answers": ["yes"]}) for chat in chats))
+    plan, task = evals.plan_items(tmp_path / "mine.jsonl", strict_model.tokenizer, DAY, 2)
+    results = run(strict_model, plan, tmp_path / "r", own_tasks={task.name: task})
+    assert (results.rows[0].n, results.rows[0].error) == (4, 3)
+    records = evals.read_records(tmp_path / "r" / "items.jsonl")
+    errors = sorted(record["error"] for record in records if record["outcome"] == "error")
+    assert [error.partition(": ")[0] for error in errors] == ["line 3", "line 5", "line 7"]
+    assert "no system messages" in errors[0] and "must alternate" in errors[1]
+    assert "the context 600" in errors[2]
+
+
+def test_built_in_items_that_the_template_refuses_are_errors(
+        strict_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        ) -> None:
+    class Mixed(Echo):
+        def item(self, seed: int, difficulty: Difficulty) -> Item:
+            made = super().item(seed, difficulty)
+            system = {"role": "system", "content": "Think."}
+            return replace(made, messages=[system, *made.messages]) if seed % 2 else made
+
+    assert strict_model.tokenizer
+    monkeypatch.setitem(tasks.TASKS, "echo", Mixed())  # type: ignore[arg-type]
+    spec = {"group": "g", "task": "echo", "n": 6, "max_new_tokens": 2}
+    plan = evals.build_plan([spec], strict_model.tokenizer, DAY)
+    row = run(strict_model, plan, tmp_path / "r").rows[0]
+    assert row.n == 6 and row.error == 3
+
+
+def test_the_date_is_the_plans_whatever_the_day(
+        strict_model: Model, tmp_path: Path) -> None:
+    assert strict_model.tokenizer
+    plans = [evals.build_plan([SPECS[2]], strict_model.tokenizer, day)
+             for day in (DAY, DAY, date(2030, 12, 31))]
+    digests = [[record["prompt_digest"] for record in evals.read_records(
+        tmp_path / str(k) / "items.jsonl")] for k, plan in enumerate(plans)
+        if run(strict_model, plan, tmp_path / str(k))]
+    assert digests[0] == digests[1] and not set(digests[0]) & set(digests[2])
+    assert evals.read_results(tmp_path / "2")[0].date == "2030-12-31"
+    assert json.loads((tmp_path / "0" / "plan.json").read_text())["date"] == "2026-01-01"
+    with pytest.raises(VicugnaError, match="another"):
+        run(strict_model, plans[2], tmp_path / "0")
+
+
+def test_a_model_without_a_chat_template_is_refused_as_a_whole(
+        model: Model, tmp_path: Path) -> None:
+    assert model.tokenizer
+    model.tokenizer.save(tmp_path / "words")
+    (tmp_path / "words" / "chat_template.jinja").unlink()
+    with pytest.raises(VicugnaError, match="no chat template"):
+        LocalModel(Model(model.network, tokenizer.Tokenizer(tmp_path / "words")), DAY)
+
+
+def test_results_of_an_older_format_say_so(tmp_path: Path) -> None:
+    go(tmp_path)
+    edit(tmp_path / "results.json", '"format": 2', '"format": 1')
+    with pytest.raises(VicugnaError, match="format 1, not 2"):
+        evals.read_results(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from vicugna.errors import VicugnaError
 from vicugna.evals import UserItems, plan_items
 from vicugna.tasks import Difficulty
 
+DAY = date(2026, 1, 1)
 WORDS = tokenizer.train(["Who signed the contract with Ann Lee in Paris?"], 270)
 
 
@@ -30,9 +32,9 @@ def test_items_are_planned_with_their_context(tmp_path: Path) -> None:
         {"messages": [{"role": "system", "content": "Be brief."},
                       {"role": "user", "content": "When?"}],
          "context_file": "contract.txt", "answers": ["1990", "in 1990"], "task": "dates"})
-    plan, task = plan_items(path, WORDS, 32)
-    assert [item.cluster for item in plan] == ["contract.txt"] * 2
-    assert sorted(item.row for item in plan) == [("dates", "items", "default"),
+    plan, task = plan_items(path, WORDS, DAY, 32)
+    assert [item.cluster for item in plan.items] == ["contract.txt"] * 2
+    assert sorted(item.row for item in plan.items) == [("dates", "items", "default"),
                                                  ("items", "items", "default")]
     first = task.item(0, Difficulty())
     assert first.messages == [{"role": "user", "content": "Ann Lee signed it.\n\nWho?"}]

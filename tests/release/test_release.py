@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,8 @@ def work(folder: Path, change: Callable[[Path], Any] = lambda model: None) -> Wo
     ledger.close(words, "done", COST, {"digest": "tokenizer"})
     trained = ledger.open("pretrain", "product", "r", "0.1", "corpus", ["tokenizer"])
     ledger.close(trained, "done", COST, {"digest": model.digest})
-    plan = evals.build_plan(SPECS, model.tokenizer)
-    attempt = ledger.open("eval", "product", "r", "0.1", evals.plan_digest(plan), [model.digest])
+    plan = evals.build_plan(SPECS, model.tokenizer, date(2026, 1, 1))
+    attempt = ledger.open("eval", "product", "r", "0.1", plan.digest, [model.digest])
     results = evals.run(model, plan, folder / "results", batch_size=4)
     ledger.close(attempt, "done", COST, {"digest": results.digest})
     ledger.open("rl", "research", "r", "0.1", "x", [model.digest])
@@ -291,7 +292,8 @@ def rewritten(folder: Path, edit: Callable[[list[dict[str, Any]]], list[dict[str
     for record in records:
         record["id"] = evals.PlannedItem.from_dict(record).id
     (evaluation / "items.jsonl").write_bytes(b"".join(canonical(r) + b"\n" for r in records))
-    plan = evals.plan_digest([evals.PlannedItem.from_dict(record) for record in records])
+    items = [evals.PlannedItem.from_dict(record) for record in records]
+    plan = evals.Plan(items, date.fromisoformat(content["date"])).digest
     results = evals.Results.of({**content, "plan_digest": plan}, records, content["platform"])
     write_json(evaluation / "results.json", results.to_dict())
     chain_again(folder, {content["results_digest"]: results.digest, content["plan_digest"]: plan})

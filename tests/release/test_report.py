@@ -8,6 +8,7 @@ import shutil
 import sqlite3
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
+from datetime import date
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -89,9 +90,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ledger.open("rl", "research", "r", "0.1", LOUD)
     write_json(run / "06-release/release/config.json", CONFIG)
     write_json(run / "06-release/release/manifest.json", {"release_digest": "abc123"})
-    plan = evals.build_plan(SPECS, words)
+    plan = evals.build_plan(SPECS, words, date(2026, 1, 1))
     for name, share in (("sft", 0.3), ("rl", 0.5)):
-        evals.run(Scripted(plan, share), plan, run / "05-eval" / name)
+        evals.run(Scripted(plan.items, share), plan, run / "05-eval" / name)
     write_report(run, run / "ledger.sqlite")
     return run
 

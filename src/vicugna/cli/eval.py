@@ -1,6 +1,7 @@
 """`vicugna eval`: scores with error bars; every planned item counts."""
 
 import os
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +21,9 @@ def evaluate(
         help="Results folder; default: WORKSPACE/evals/DIGEST.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="--items: tokens per reply.")] = 128,
     batch: Annotated[int, typer.Option(min=1, help="--items: batch size.")] = 32,
+    date: Annotated[datetime | None, typer.Option(
+        formats=["%Y-%m-%d"], help="Today, to chat templates; default: the recipe's, or a fixed "
+        "day.")] = None,
     dtype: output.Dtype = "float32",
     device: output.Device = "cpu",
     workspace: Annotated[Path, typer.Option(envvar="VICUGNA_WORKSPACE",
@@ -34,23 +38,25 @@ def evaluate(
     from vicugna import evals, files
     from vicugna.evals.evaluate import evaluate as run_evaluation
     from vicugna.ledger import Ledger
-    from vicugna.training.recipe import EvalSpec, read
+    from vicugna.training.recipe import DATE, EvalSpec, read
 
     loaded = vicugna.load(model, dtype, device)
     if loaded.tokenizer is None:
         raise VicugnaError("the model has no tokenizer", model, "Add its tokenizer files")
     own_tasks = None
     if items is not None:
-        plan, task = evals.plan_items(items, loaded.tokenizer, max_new_tokens)
+        day = date.date() if date else DATE
+        plan, task = evals.plan_items(items, loaded.tokenizer, day, max_new_tokens)
         own_tasks, source = {task.name: task}, files.digest_file(items)
     elif recipe is not None:
         asked = read(recipe)
         stages = [stage for stage in asked.stages if isinstance(stage, EvalSpec)]
         if not stages:
             raise VicugnaError("the recipe has no eval stage", recipe, "Add one")
-        plan, batch = evals.build_plan(stages[-1].groups, loaded.tokenizer), stages[-1].batch
-        source = asked.digest
-    folder = out or workspace / "evals" / f"{loaded.digest[:12]}-{evals.plan_digest(plan)[:12]}"
+        day = date.date() if date else asked.date
+        plan = evals.build_plan(stages[-1].groups, loaded.tokenizer, day)
+        batch, source = stages[-1].batch, asked.digest
+    folder = out or workspace / "evals" / f"{loaded.digest[:12]}-{plan.digest[:12]}"
     results = run_evaluation(loaded, plan, batch, folder, Ledger(workspace / "ledger.sqlite"),
                              source, os.path.abspath(folder), own_tasks)
     if as_json:

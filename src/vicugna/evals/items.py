@@ -9,6 +9,7 @@ share a cluster.
 """
 
 import json
+from datetime import date as Date
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from pydantic import BaseModel, Field, ValidationError
 from vicugna.chat import check_messages
 from vicugna.errors import VicugnaError
 from vicugna.evals.matching import matches
-from vicugna.evals.plan import PlannedItem, plan_item, sort_plan
+from vicugna.evals.plan import Plan, plan_item, sort_plan
 from vicugna.files import canonical, read_text
 from vicugna.tasks import Difficulty, Item
 from vicugna.tokenizer import Tokenizer
@@ -40,7 +41,7 @@ class UserItems:
         path, self.items = Path(path), list[Item]()
         for number, line in enumerate(read_text(path).split("\n"), start=1):
             if line.strip():
-                self.items.append(_item(line, len(self.items), path, f"{path} line {number}"))
+                self.items.append(_item(line, len(self.items), path, number))
         if not self.items:
             raise VicugnaError("no items", str(path), "Write one JSON object a line")
 
@@ -52,15 +53,16 @@ class UserItems:
         return float(any(matches(answer, response) for answer in item.metadata["answers"]))
 
 
-def plan_items(path: str | Path, tokenizer: Tokenizer, max_new_tokens: int = 128
-               ) -> tuple[list[PlannedItem], UserItems]:
+def plan_items(path: str | Path, tokenizer: Tokenizer, date: Date, max_new_tokens: int = 128
+               ) -> tuple[Plan, UserItems]:
     """Plan all items of a user's file; the task goes to run(own_tasks={task.name: task})."""
     task = UserItems(path)
-    return sort_plan(plan_item(item.metadata["group"], item, max_new_tokens, tokenizer)
-                    for item in task.items), task
+    return sort_plan((plan_item(item.metadata["group"], item, max_new_tokens, tokenizer, date)
+                      for item in task.items), date), task
 
 
-def _item(line: str, index: int, path: Path, where: str) -> Item:
+def _item(line: str, index: int, path: Path, number: int) -> Item:
+    where = f"{path} line {number}"
     try:
         content = json.loads(line)
         canonical(content)  # refuses what has no UTF-8 form
@@ -89,4 +91,5 @@ def _item(line: str, index: int, path: Path, where: str) -> Item:
             {"type": "text", "text": f"{text}\n\n"}, *content]
     solution = {"role": "assistant", "content": asked.answers[0]}
     return Item(UserItems.name, index, Difficulty(), messages, asked.answers[0], solution,
-                {"answers": asked.answers, "group": asked.task, "cluster": asked.context_file})
+                {"answers": asked.answers, "group": asked.task, "cluster": asked.context_file,
+                 "line": number})

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import date as Date
 from itertools import product
 from typing import Any
 
@@ -67,9 +68,17 @@ class PlannedItem:
         return cls(**{**own, "difficulty": Difficulty(**own["difficulty"])})
 
 
-def plan_digest(plan: Iterable[PlannedItem]) -> str:
-    """The digest of a whole plan, order included."""
-    return digest_of([asdict(item) for item in plan])
+@dataclass(frozen=True)
+class Plan:
+    """The items in the order in which they are asked, and the day that a chat template sees."""
+
+    items: list[PlannedItem]
+    date: Date
+
+    @property
+    def digest(self) -> str:
+        """The digest of the date and all items, order included."""
+        return digest_of({"date": self.date.isoformat(), "items": list(map(asdict, self.items))})
 
 
 def grid(content: Mapping[str, Any]) -> list[Spec]:
@@ -89,44 +98,52 @@ def grid(content: Mapping[str, Any]) -> list[Spec]:
                            "Correct this group") from error
 
 
-def build_plan(groups: Iterable[Mapping[str, Any]], tokenizer: Tokenizer) -> list[PlannedItem]:
-    """Draw the items of every group: the first `n` seeds of its split, never a chosen few."""
-    plan = []
+def build_plan(groups: Iterable[Mapping[str, Any]], tokenizer: Tokenizer, date: Date) -> Plan:
+    """Plan the items of every group: always the first `n` seeds of its split."""
+    items = []
     for spec in [spec for group in groups for spec in grid(group)]:
         task, guess = tasks.get(spec.task), spec.length_tokens * 3
         for index in range(spec.n):
             seed, difficulty = tasks.split_seed(spec.split, index), spec.difficulty
             if spec.length_tokens:
                 difficulty = _fit_length(task, seed, replace(difficulty, length=guess), spec,
-                                         tokenizer)
+                                         tokenizer, date)
                 guess = difficulty.length
-            plan.append(plan_item(spec.group, task.item(seed, difficulty), spec.max_new_tokens,
-                                tokenizer, spec.length_tokens))
-    return sort_plan(plan)
+            items.append(plan_item(spec.group, task.item(seed, difficulty), spec.max_new_tokens,
+                                   tokenizer, date, spec.length_tokens))
+    return sort_plan(items, date)
 
 
-def plan_item(group: str, item: Item, max_new_tokens: int, tokenizer: Tokenizer,
-            length_tokens: int = 0) -> PlannedItem:
+def plan_item(group: str, item: Item, max_new_tokens: int, tokenizer: Tokenizer, date: Date,
+              length_tokens: int = 0) -> PlannedItem:
     """Plan to ask `item`; metadata["cluster"], where a task gives it, names what it shares."""
     return PlannedItem(group, item.task, item.seed, item.difficulty, max_new_tokens, length_tokens,
                        str(item.metadata.get("cluster", "")),
-                       len(chat.encode(tokenizer, item.messages)), digest_of(item.messages))
+                       _prompt_tokens(item, tokenizer, date), digest_of(item.messages))
 
 
-def sort_plan(plan: Iterable[PlannedItem]) -> list[PlannedItem]:
-    """The plan by length of prompt; VicugnaError if it is empty or a row counts an item twice."""
-    plan = sorted(plan, key=lambda item: (item.prompt_tokens, item.max_new_tokens, item.id))
+def _prompt_tokens(item: Item, tokenizer: Tokenizer, date: Date) -> int:
+    """The length of the rendered prompt; 0 if the template refuses it, which will be its error."""
+    try:
+        return len(chat.encode(tokenizer, item.messages, date=date))
+    except VicugnaError:
+        return 0
+
+
+def sort_plan(items: Iterable[PlannedItem], date: Date) -> Plan:
+    """The items by prompt length; VicugnaError if there is none, or a row has one twice."""
+    plan = sorted(items, key=lambda item: (item.prompt_tokens, item.max_new_tokens, item.id))
     if not plan:
         raise VicugnaError("nothing to evaluate", "the evaluation plan", "Add an eval group")
     for (row, seed), times in Counter((item.row, item.seed) for item in plan).items():
         if times > 1:
             raise VicugnaError(f"seed {seed} of {row[1]} is asked twice", f"eval group {row[0]!r}",
                                "Give each difficulty once")
-    return plan
+    return Plan(plan, date)
 
 
 def split_batches(plan: Sequence[PlannedItem], batch_size: int, batch_tokens: int
-           ) -> list[list[PlannedItem]]:
+                  ) -> list[list[PlannedItem]]:
     """The plan in consecutive batches of at most `batch_size` items and, unless one item alone has
     more, `batch_tokens` tokens of prompts and replies, padding included."""
     batches: list[list[PlannedItem]] = []
@@ -140,13 +157,13 @@ def split_batches(plan: Sequence[PlannedItem], batch_size: int, batch_tokens: in
     return batches
 
 
-def _fit_length(task: Task, seed: int, difficulty: Difficulty, spec: Spec,
-            tokenizer: Tokenizer) -> Difficulty:
+def _fit_length(task: Task, seed: int, difficulty: Difficulty, spec: Spec, tokenizer: Tokenizer,
+                date: Date) -> Difficulty:
     """The difficulty with a length, in characters, that fills `spec.length_tokens` tokens."""
     target, low, high, nearest = spec.length_tokens, 0, 0, 0
     for _ in range(40):
-        count = len(chat.encode(tokenizer, task.item(seed, difficulty).messages))
-        if target - max(0.05 * target, 16) <= count <= target:
+        count = _prompt_tokens(task.item(seed, difficulty), tokenizer, date)
+        if not count or target - max(0.05 * target, 16) <= count <= target:
             return difficulty
         length = difficulty.length
         low, high = (low, length) if count > target else (length, high)

@@ -4,17 +4,20 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import date as Date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vicugna.errors import VicugnaError
-from vicugna.evals.plan import PlannedItem, plan_digest
+from vicugna.evals.plan import Plan, PlannedItem
 from vicugna.files import canonical, digest_of, disk_errors, read_json
 
 OUTCOMES = ("right", "wrong", "error", "truncated")
-IDENTITY = ("model_digest", "plan_digest", "precision", "sampling", "batch_size", "batch_tokens")
+IDENTITY = ("model_digest", "plan_digest", "date", "precision", "sampling", "batch_size",
+            "batch_tokens")
+FORMAT = 2  # 2: with the date; other rules for one's own items
 
 
 @dataclass(frozen=True)
@@ -39,11 +42,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Results:
-    """A complete evaluation. `tokens` counts the prompts' and the replies' tokens."""
+    """A complete evaluation. `date` (ISO) is the day that the chat template saw; `tokens` counts
+    the prompts' and the replies' tokens."""
 
     model_digest: str
     plan_digest: str
     items_digest: str
+    date: str
     precision: str
     sampling: dict[str, Any]
     batch_size: int
@@ -57,7 +62,7 @@ class Results:
            platform: str) -> "Results":
         """Count `records`. Raises VicugnaError if they are not, one for one, the planned items."""
         plan = [PlannedItem.from_dict(record) for record in records]
-        if plan_digest(plan) != identity["plan_digest"]:
+        if Plan(plan, Date.fromisoformat(identity["date"])).digest != identity["plan_digest"]:
             raise VicugnaError("the items are not the planned ones, each once", "evaluation",
                                "Finish the evaluation, or run it again in a new folder")
         groups: dict[tuple[str, str, str], list[tuple[str, str]]] = {}
@@ -74,7 +79,7 @@ class Results:
         return digest_of({k: v for k, v in asdict(self).items() if k != "platform"})
 
     def to_dict(self) -> dict[str, Any]:
-        return {"format": 1, **asdict(self), "results_digest": self.digest}
+        return {"format": FORMAT, **asdict(self), "results_digest": self.digest}
 
 
 def _natural(key: tuple[str, ...]) -> list[Any]:
@@ -117,6 +122,9 @@ def read_results(folder: str | Path) -> tuple[Results, list[dict[str, Any]]]:
     if not path.exists():
         raise VicugnaError("the evaluation is not complete", str(folder), "Run it to its end")
     content, records = read_json(path), read_records(Path(folder) / "items.jsonl")
+    if isinstance(content, dict) and content.get("format") != FORMAT:
+        raise VicugnaError(f"results of format {content.get('format')}, not {FORMAT}", str(path),
+                           "Evaluate again in another folder, or use the version that made them")
     try:
         results = Results.of(content, records, str(content["platform"]))
         for key, value in results.to_dict().items():

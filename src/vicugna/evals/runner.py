@@ -3,27 +3,31 @@
 Each planned item ends as exactly one of four outcomes, all of them in the denominator: right (the
 reply ended by itself and the task scores it 1), wrong (it scores less), truncated (it was cut at
 its limit of tokens: never right, whatever its beginning holds) and error (no reply or no score,
-because something failed, such as a prompt beyond the context; the message is kept).
+because something failed, such as a chat that the template refuses; the message is recorded).
 
 Only what is no property of an item (no memory, a failing disk, Ctrl-C) ends the evaluation. Run
-again, it goes on where it was: a batch, a fixed slice of the plan, is written whole or redone, so
-that an evaluation killed anywhere ends in the same bytes.
+again, it resumes: a batch, a fixed slice of the plan, is written whole or redone, so that an
+evaluation killed anywhere ends in the same bytes. So does one shared by several ranks, which are
+dealt whole batches in turn and hand the records to the first.
 """
 
 import json
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from datetime import date as Date
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vicugna import chat, engine
+from vicugna.distributed import Ranks
 from vicugna.engine import Sampling
 from vicugna.errors import VicugnaError
-from vicugna.evals.plan import PlannedItem, plan_digest, split_batches
+from vicugna.evals.plan import Plan, PlannedItem, split_batches
 from vicugna.evals.results import Results, read_records
 from vicugna.files import canonical, digest_of, disk_errors, owned, read_json, write_json
 from vicugna.tasks import TASKS, Item, Task
@@ -49,10 +53,12 @@ class LocalModel:
     """Answers with a model that has network, tokenizer and digest. The runner uses only `answer`,
     `digest`, `precision` and `platform`: where exactly the same answers can be expected again."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, date: Date) -> None:
         self.network, self.tokenizer, self.digest = model.network, model.tokenizer, model.digest
-        if self.tokenizer is None:
-            raise VicugnaError("the model has no tokenizer", "evaluation", "Add tokenizer.json")
+        self.date = date
+        if self.tokenizer is None or self.tokenizer.template is None:
+            raise VicugnaError("the model has no tokenizer or no chat template", "evaluation",
+                               "Add tokenizer.json and chat_template.jinja to its folder")
         weight = next(self.network.parameters())
         self.precision = str(weight.dtype).removeprefix("torch.")
         chip = (torch.cuda.get_device_name(weight.device) if weight.is_cuda else
@@ -62,13 +68,23 @@ class LocalModel:
     def answer(self, conversations: Sequence[list[dict[str, str]]],
                samplings: Sequence[Sampling]) -> list[Reply]:
         """A reply to each conversation, in order."""
-        prompts = [chat.encode(self.tokenizer, messages) for messages in conversations]
+        prompts = list(map(self._prompt, conversations))
+        replies = iter(self._generate([
+            (prompt, sampling) for prompt, sampling in zip(prompts, samplings, strict=True)
+            if not isinstance(prompt, Reply)]))
+        return [prompt if isinstance(prompt, Reply) else
+                replace(next(replies), prompt_digest=digest_of(prompt)) for prompt in prompts]
+
+    def _prompt(self, messages: list[dict[str, str]]) -> list[int] | Reply:
+        """The prompt's tokens, or the error of a chat that the template or the context refuses."""
+        try:
+            tokens = chat.encode(self.tokenizer, messages, date=self.date)
+        except Exception as error:
+            return Reply(error=_item_error(error))
         context = self.network.config.context_length
-        replies = iter(self._generate([pair for pair in zip(prompts, samplings, strict=True)
-                                       if len(pair[0]) <= context]))
-        return [replace(next(replies) if len(prompt) <= context else Reply(
-            error=f"the prompt has {len(prompt):,} tokens and the context {context:,}"),
-            prompt_digest=digest_of(prompt)) for prompt in prompts]
+        return tokens if len(tokens) <= context else Reply(
+            error=f"the prompt has {len(tokens):,} tokens and the context {context:,}",
+            prompt_digest=digest_of(tokens))
 
     def _generate(self, asked: list[tuple[list[int], Sampling]]) -> list[Reply]:
         if not asked:
@@ -87,43 +103,42 @@ class LocalModel:
                 for reasoning, text in [chat.parse_reply(self.tokenizer, one.tokens, prompt)]]
 
 
-def run(model: Any, plan: Sequence[PlannedItem], folder: str | Path, *, batch_size: int = 32,
-        sampling: Sampling = GREEDY, own_tasks: Tasks | None = None,
+def run(model: Any, plan: Plan, folder: str | Path, *, batch_size: int = 32,
+        sampling: Sampling = GREEDY, own_tasks: Tasks | None = None, ranks: Ranks = Ranks(),
         progress: Callable[[int, int], None] = lambda done, total: None) -> Results:
     """Ask every item of `plan` and write folder/{plan.json, items.jsonl, results.json}.
 
     `model` is a loaded one, or anything with the interface of `LocalModel`; max_new_tokens and
     seed are set per item; `own_tasks` take precedence over vicugna.tasks; `progress(done, total)`
-    counts items.
+    counts items. All `ranks` call it and are dealt the batches; the first writes the files.
     Raises VicugnaError when the folder holds another evaluation.
     """
-    folder, path = Path(folder), Path(folder) / "items.jsonl"
-    answerer = model if hasattr(model, "answer") else LocalModel(model)
+    folder, known = Path(folder), {**TASKS, **(own_tasks or {})}
+    answerer = model if hasattr(model, "answer") else LocalModel(model, plan.date)
     identity = json.loads(canonical({  # as it will be read back: tuples become lists
-        "model_digest": answerer.digest, "plan_digest": plan_digest(plan),
-        "precision": answerer.precision, "batch_size": batch_size, "batch_tokens": BATCH_TOKENS,
+        "model_digest": answerer.digest, "plan_digest": plan.digest,
+        "date": plan.date.isoformat(), "precision": answerer.precision, "batch_size": batch_size,
+        "batch_tokens": BATCH_TOKENS,
         "sampling": {k: v for k, v in asdict(sampling).items() if k != "max_new_tokens"}}))
-    with owned(folder):
-        if not (folder / "plan.json").exists() and not path.exists():
-            write_json(folder / "plan.json", {**identity, "items": [asdict(one) for one in plan]})
-        earlier = read_json(folder / "plan.json")
-        for key, value in identity.items():
-            if not isinstance(earlier, dict) or earlier.get(key) != value:
-                raise VicugnaError(f"it holds an evaluation with another {key.replace('_', ' ')}",
-                                   str(folder), "Choose another folder, or remove this one")
-        records, left = _resume(path, split_batches(plan, batch_size, BATCH_TOKENS))
-        progress(len(records), len(plan))
-        for batch in left:
-            new = run_batch(answerer, batch, sampling, {**TASKS, **(own_tasks or {})})
-            with disk_errors(path), open(path, "ab") as file:
-                file.write(b"".join(canonical(record) + b"\n" for record in new))
-                file.flush()
-                os.fsync(file.fileno())
+    platforms = "; ".join(sorted(set(ranks.gather(answerer.platform))))
+    batches = split_batches(plan.items, batch_size, BATCH_TOKENS)
+    with owned(folder) if ranks.first else nullcontext():
+        records, done = _start(folder, identity, plan, batches) if ranks.first else ([], 0)
+        progress(len(records), len(plan.items))
+        for start in range(ranks.gather(done)[0], len(batches), ranks.world):
+            own = batches[start + ranks.rank] if start + ranks.rank < len(batches) else []
+            gathered = ranks.gather(run_batch(answerer, own, sampling, known))
+            new = [record for part in gathered for record in part]
             records += new
-            progress(len(records), len(plan))
-        results = Results.of(identity, records, answerer.platform)
-        write_json(folder / "results.json", results.to_dict())
-    return results
+            if ranks.first:
+                _append(folder / "items.jsonl", new)
+            progress(len(records), len(plan.items))
+        results = Results.of(identity, records, platforms) if ranks.first else None
+        if results:
+            write_json(folder / "results.json", results.to_dict())
+    made = ranks.gather(results)[0]
+    assert made is not None
+    return made
 
 
 def run_batch(answerer: Any, batch: Sequence[PlannedItem], sampling: Sampling,
@@ -139,6 +154,8 @@ def run_batch(answerer: Any, batch: Sequence[PlannedItem], sampling: Sampling,
     for planned, item in zip(batch, made, strict=True):
         reply, expected = (next(replies), item.answer) if isinstance(item, Item) else (
             Reply(error=item), None)
+        if reply.error and isinstance(item, Item) and "line" in item.metadata:
+            reply = replace(reply, error=f"line {item.metadata['line']}: {reply.error}")
         records.append({**asdict(planned), "id": planned.id, "expected": expected,
                         **asdict(reply), **score_reply(item, reply, known)})
     return records
@@ -181,14 +198,31 @@ def _item_error(error: Exception) -> str:
     return text if isinstance(error, VicugnaError) else f"{type(error).__name__}: {text}"
 
 
-def _resume(path: Path, batches: list[list[PlannedItem]]
-              ) -> tuple[list[dict[str, Any]], list[list[PlannedItem]]]:
-    """The records of finished batches, and the batches left; a part of one is cut off the file."""
+def _start(folder: Path, identity: dict[str, Any], plan: Plan, batches: list[list[PlannedItem]]
+           ) -> tuple[list[dict[str, Any]], int]:
+    """Write plan.json, or check it; the records of finished batches, and the number of these. Part
+    of a batch is cut off the file."""
+    path = folder / "items.jsonl"
+    if not (folder / "plan.json").exists() and not path.exists():
+        write_json(folder / "plan.json",
+                   {**identity, "items": [asdict(one) for one in plan.items]})
+    earlier = read_json(folder / "plan.json")
+    for key, value in identity.items():
+        if not isinstance(earlier, dict) or earlier.get(key) != value:
+            raise VicugnaError(f"it holds an evaluation with another {key.replace('_', ' ')}",
+                               str(folder), "Choose another folder, or remove this one")
     with disk_errors(path):
         path.touch()
         lines = path.read_bytes().splitlines(keepends=True)
-        whole, kept = sum(line.endswith(b"\n") for line in lines), 0
-        while batches and kept + len(batches[0]) <= whole:
-            kept += len(batches.pop(0))
-        os.truncate(path, sum(map(len, lines[:kept])))
-    return read_records(path), batches
+        whole, finished, done = sum(line.endswith(b"\n") for line in lines), 0, 0
+        while done < len(batches) and finished + len(batches[done]) <= whole:
+            finished, done = finished + len(batches[done]), done + 1
+        os.truncate(path, sum(map(len, lines[:finished])))
+    return read_records(path), done
+
+
+def _append(path: Path, records: list[dict[str, Any]]) -> None:
+    with disk_errors(path), open(path, "ab") as file:
+        file.write(b"".join(canonical(record) + b"\n" for record in records))
+        file.flush()
+        os.fsync(file.fileno())

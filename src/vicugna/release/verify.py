@@ -7,6 +7,7 @@ and consistently; it can show that these weights give these scores on these ques
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import date
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -154,9 +155,10 @@ def _digest(release: Contents) -> str:
 
 
 def _sample(release: Contents, sample: int, progress: Progress) -> str:
-    answerer, drawn = LocalModel(release.model), _draw(release, sample)
+    drawn = _draw(release, sample)
     total, done, elsewhere, differ = sum(len(batch) for _, batch in drawn), 0, 0, 0
     for results, batch in drawn:
+        answerer = LocalModel(release.model, date.fromisoformat(results.date))
         again = run_batch(answerer, [PlannedItem.from_dict(record) for record in batch],
                     Sampling(**results.sampling))
         here = results.platform == answerer.platform

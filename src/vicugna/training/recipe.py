@@ -16,6 +16,7 @@ from vicugna.errors import VicugnaError, did_you_mean
 from vicugna.files import digest_of, read_text
 from vicugna.training import earlier_recipe
 
+DATE = datetime.date(2026, 1, 1)  # the default, so that nothing depends on the day of a run
 START = "start"  # the name of the checkpoint model.start among those that stages make
 CORPUS = "corpus"  # the source that stands for data.sources
 # Where a recipe that is given by name is looked for: in the package, or beside its source.
@@ -155,7 +156,7 @@ class Recipe(Strict):
     """A model's stages, in order, and what they share."""
     name: str = "run"
     seed: int = Field(0, ge=0)
-    date: datetime.date = datetime.date(2026, 1, 1)  # today, to chat templates that ask for it
+    date: datetime.date = DATE  # today, to chat templates that ask for it
     threads: int | None = Field(None, ge=1)
     model: ModelSpec = ModelSpec()
     data: DataSpec = DataSpec()
