@@ -1,4 +1,4 @@
-"""Stacked parameters, extra tensors and FP8: what lies between files and a network."""
+"""Stacked parameters, pass-through tensors and FP8: what lies between files and a network."""
 
 import json
 import re
@@ -19,29 +19,19 @@ from vicugna import checkpoint, models
 from vicugna.checkpoint import state_dict
 from vicugna.checkpoint import stored as stored_tensors
 from vicugna.checkpoint.hf import weights
+from vicugna.checkpoint.names import ARCHITECTURES, Names
 from vicugna.checkpoint.stored import Mapped, raw_bytes
 from vicugna.errors import VicugnaError
-from vicugna.models import vicugna as architecture
 
-PARTS = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}
-
-
-def pieces(name, config):
-    stem, _, last = name.rpartition(".")
-    if last not in PARTS:
-        return None
-    return [f"{stem}.{e}.{part}" for e in range(config.num_experts) for part in PARTS[last]]
-
-
-def extra(name, config):
-    return name.startswith("later.")
+NAMES = Names(experts={"mlp.gate_up_proj": ("mlp.*.w1", "mlp.*.w3"),
+                       "mlp.down_proj": ("mlp.*.w2",)},
+              passthrough=lambda name, config: name.startswith("later."))
 
 
 @pytest.fixture
 def network(monkeypatch):
     """A mixture whose files hold a tensor for each expert, and some that it does not use."""
-    monkeypatch.setattr(architecture, "pieces", pieces, raising=False)
-    monkeypatch.setattr(architecture, "extra", extra, raising=False)
+    monkeypatch.setitem(ARCHITECTURES, "vicugna", NAMES)
     network = models.build(OURS)
     models.initialise(network, 0)
     return network
@@ -72,9 +62,9 @@ def fails(folder: Path, says: str, dtype=torch.float32) -> None:
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
 
-# Pieces.
+# Stacked experts.
 
-def test_a_stack_lies_in_files_as_its_pieces(network, tmp_path):
+def test_files_hold_a_tensor_for_each_expert(network, tmp_path):
     checkpoint.Checkpoint(network).save(tmp_path / "m")
     written, moe = stored(tmp_path / "m"), network.model.layers[1].mlp
     names = [name for name in written if ".1.mlp." in name and "router" not in name]
@@ -88,7 +78,7 @@ def test_a_stack_lies_in_files_as_its_pieces(network, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])
-def test_pieces_make_the_stack_again(network, tmp_path, dtype):
+def test_experts_are_stacked_again(network, tmp_path, dtype):
     checkpoint.Checkpoint(network).save(tmp_path / "m")
     read = checkpoint.read(tmp_path / "m", dtype)
     for name, tensor in network.state_dict().items():
@@ -132,16 +122,16 @@ def test_faults_name_the_tensors_of_the_files(network, tmp_path, change, says):
 
 def test_a_stack_stored_whole_is_read_too(network, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.delattr(architecture, "pieces")
+        patch.delitem(ARCHITECTURES, "vicugna")
         checkpoint.Checkpoint(network).save(tmp_path / "m")
     read = checkpoint.read(tmp_path / "m").network
     assert torch.equal(read.model.layers[1].mlp.down_proj, network.model.layers[1].mlp.down_proj)
 
 
 @pytest.mark.parametrize("experts", [10**9, 99])
-def test_names_of_absurdly_many_pieces_are_never_made(network, tmp_path, monkeypatch, experts):
+def test_names_of_absurdly_many_experts_are_never_made(network, tmp_path, monkeypatch, experts):
     checkpoint.Checkpoint(network).save(tmp_path / "m")
-    monkeypatch.setattr(architecture, "pieces", lambda name, config: pytest.fail("made"))
+    monkeypatch.setattr(Names, "of_experts", lambda self, name, count: pytest.fail("made"))
     path = tmp_path / "m" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "num_experts": experts}))
     fails(tmp_path / "m", "num_experts is 1,000,000,000" if experts > 99 else "do not fit")
@@ -161,7 +151,7 @@ def test_any_stack_survives(tmp_path_factory, count, rows, columns, dtype, rando
     assert torch.equal(read, whole[order])
 
 
-# Extra tensors.
+# Pass-through tensors.
 
 def test_pass_through_tensors_come_back_bit_for_bit(model, tmp_path):
     model.save(tmp_path / "m")

@@ -1,6 +1,5 @@
 """DeepSeek V3 against transformers' DeepseekV3ForCausalLM on random weights."""
 
-import json
 
 import parity
 import pytest
@@ -343,16 +342,3 @@ def test_layers_that_predict_further_tokens_are_kept(tmp_path):
     save_file(tensors | stranger, tmp_path / "a" / "model.safetensors", {"format": "pt"})
     with pytest.raises(VicugnaError, match=r"unexpected model\.layers\.4\.enorm\.weight"):
         vicugna.load(tmp_path / "a")
-
-
-def test_files_hold_one_tensor_for_each_projection_of_an_expert():
-    c = deepseek_v3.Config.from_dict(json.loads(json.dumps(TINY)))
-    names = deepseek_v3.pieces("model.layers.2.mlp.experts.gate_up_proj", c)
-    assert len(names) == 32 and names[:3] == [
-        "model.layers.2.mlp.experts.0.gate_proj.weight",
-        "model.layers.2.mlp.experts.0.up_proj.weight",
-        "model.layers.2.mlp.experts.1.gate_proj.weight"]
-    assert deepseek_v3.pieces("model.layers.2.mlp.experts.down_proj", c)[15] == (
-        "model.layers.2.mlp.experts.15.down_proj.weight")
-    assert deepseek_v3.pieces("model.layers.0.mlp.down_proj.weight", c) is None
-    assert deepseek_v3.pieces("model.layers.1.mlp.shared_experts.down_proj.weight", c) is None

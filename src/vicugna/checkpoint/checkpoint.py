@@ -90,7 +90,7 @@ class Checkpoint:
                        if key in self.generation_config}
         else:
             before = type(self.config).from_dict(origin.config).to_dict()
-            config = directory.changed(origin.config, before, config)
+            config = directory.updated(origin.config, before, config)
             files = origin.files if self.tokenizer is origin.tokenizer else {}
         directory.write(folder, tensors, dtype, config, self.generation_config, self.tokenizer,
                         files)

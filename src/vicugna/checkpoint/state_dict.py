@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from vicugna import models
+from vicugna.checkpoint import names
+from vicugna.checkpoint.names import Names
 from vicugna.checkpoint.stored import Mapped, Stored, broken, short
 from vicugna.errors import VicugnaError
 
@@ -36,9 +38,9 @@ def build(config: Mapping[str, Any], stored: Mapping[str, Stored], where: str) -
                 raise broken(f"{key} is {number:,}, but the weights are only {len(stored):,} "
                              f"tensors of at most {rows:,} rows", where)
     try:
-        module = models.architecture(config.get("model_type"))
-        meant = getattr(module, "meant", lambda config, stored: config)
-        chosen = module.Config.from_dict(meant(config, stored))
+        kind = config.get("model_type")
+        module = models.architecture(kind)
+        chosen = module.Config.from_dict(names.of(kind).normalise(config, stored))
         with torch.device("meta"), _Undrawn():
             return module.Network(chosen)
     except VicugnaError as error:
@@ -119,44 +121,42 @@ def _parts(network: Any, state: Mapping[str, Tensor], tied: Mapping[str, str],
            stored: Mapping[str, Stored], where: str | Path
            ) -> tuple[dict[str, list[Stored]], dict[str, Stored]]:
     """What each parameter and buffer is made of, in order, and the extra tensors."""
-    config = network.config
-    pieces, extra = of_module(network, "pieces"), of_module(network, "extra")
-    extras = {name: tensor for name, tensor in stored.items() if extra(name, config)}
+    naming = names_of(network)
+    extras = {name: tensor for name, tensor in stored.items()
+              if naming.passthrough(name, network.config)}
     # A tied head may be stored too, and (before transformers 4.31) RoPE's frequencies.
     stored = {name: tensor for name, tensor in stored.items()
               if name not in extras and not name.endswith("rotary_emb.inv_freq")}
     for name, other in tied.items():  # safetensors' save_model keeps the head of the two
         if name in stored and other not in stored:
             stored[other] = replace(stored.pop(name), name=other)
-    names: dict[str, list[str]] = {}
+    made_of: dict[str, list[str]] = {}
     for name, tensor in state.items():
         if name in stored or name not in tied:
             # The names of more pieces than there are tensors would only fill memory.
             whole = name in stored or (tensor.dim() > 2 and len(tensor) > len(stored))
-            names[name] = (not whole and pieces(name, config)) or [name]
-    _compare({one: _shape(state[name], name, those) for name, those in names.items()
+            made_of[name] = (not whole and naming.of_experts(name, len(tensor))) or [name]
+    _compare({one: _shape(state[name], name, those) for name, those in made_of.items()
               for one in those}, stored, where)
-    return {name: [stored[one] for one in those] for name, those in names.items()}, extras
+    return {name: [stored[one] for one in those] for name, those in made_of.items()}, extras
 
 
 def named_tensors(network: Any) -> dict[str, Tensor]:
     """The network's parameters (tied ones once, stacked ones in their pieces) and buffers, by
     their names in a checkpoint's files and without copies."""
-    tied, pieces = _ties(network), of_module(network, "pieces")
+    tied, naming = _ties(network), names_of(network)
     result: dict[str, Tensor] = {}
     for name, tensor in network.state_dict().items():
         if name not in tied:
-            names = pieces(name, network.config) or [name]
-            views = tensor.reshape(len(names), *_shape(tensor, name, names))
-            result |= dict(zip(names, views, strict=True))
+            parts = naming.of_experts(name, len(tensor)) or [name]
+            views = tensor.reshape(len(parts), *_shape(tensor, name, parts))
+            result |= dict(zip(parts, views, strict=True))
     return result
 
 
-def of_module(network: Any, name: str) -> Callable[[str, Any], Any]:
-    """The function `name` (pieces, extra) of the network's module; one that says None of every
-    tensor where the architecture has none."""
-    module = models.architecture(network.config.to_dict()["model_type"])
-    return getattr(module, name, lambda name, config: None)
+def names_of(network: Any) -> Names:
+    """The names of the network's architecture."""
+    return names.of(network.config.to_dict()["model_type"])
 
 
 def _ties(network: nn.Module) -> dict[str, str]:

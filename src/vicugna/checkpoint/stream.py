@@ -40,9 +40,10 @@ class _Stream(Mapping[str, Tensor]):
                  kinds: Mapping[str, torch.dtype], report: Report) -> None:
         self._parts, self._kinds, self._report, self._done = parts, kinds, report, 0
         # Experts that files hold stacked are named apart, as they are of a network.
-        pieces = state_dict.of_module(network, "pieces")
-        self._places = {name: (whole, n, len(names)) for whole in parts
-                        for names in [pieces(whole, network.config) or [whole]]
+        naming = state_dict.names_of(network)
+        self._places = {name: (whole, n, len(names)) for whole, part in parts.items()
+                        for names in [naming.of_experts(whole, part.shape[0] if part.shape else 0)
+                                      or [whole]]
                         for n, name in enumerate(names)}
 
     def __getitem__(self, name: str) -> Tensor:

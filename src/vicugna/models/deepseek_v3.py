@@ -5,7 +5,6 @@ DeepseekV3ForCausalLM, whose order of operations is followed where rounding coul
 expert.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
@@ -238,22 +237,3 @@ class Layer(nn.Module):
 
 class Network(decoder.Network):
     layer = Layer
-
-
-def pieces(name: str, config: Config) -> list[str] | None:
-    """The names under which files hold the equal parts of parameter `name`, in order: one tensor
-    per expert and projection. None for a parameter that is stored under its own name."""
-    stem, dot, last = name.rpartition(".experts.")
-    parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(last)
-    if parts is None or not stem:
-        return None
-    return [f"{stem}{dot}{expert}.{part}.weight"
-            for expert in range(config.n_routed_experts) for part in parts]
-
-
-def extra(name: str, config: Config) -> bool:
-    """Whether a checkpoint's tensor `name` is of the layers that predict further tokens (section
-    2.2): they are kept, not computed with."""
-    found = re.match(r"model\.layers\.([0-9]{1,9})\.", name)
-    beyond = int(found[1]) - config.num_hidden_layers if found else -1
-    return 0 <= beyond < config.num_nextn_predict_layers

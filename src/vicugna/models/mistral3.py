@@ -4,7 +4,7 @@ Text is computed; the image encoder and its projector are kept as they are store
 are those in the files of Hugging Face's Mistral3ForConditionalGeneration.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
@@ -16,7 +16,6 @@ from vicugna.models.layers import decoder
 from vicugna.models.layers.attention import Attend
 
 TEXTS = {"mistral": mistral, "ministral3": ministral3}
-IMAGES = ("vision_tower.", "multi_modal_projector.")
 IMAGE_KEYS = ("vision_config", "image_token_index", "multimodal_projector_bias",
               "projector_hidden_act", "spatial_merge_size", "vision_feature_layer")
 
@@ -64,19 +63,6 @@ class Network(decoder.AroundText):
 
     def forward(self, tokens_BT: Tensor, positions_BT: Tensor, attend: Attend) -> Tensor:
         return self.language_model(tokens_BT, positions_BT, attend)
-
-
-def extra(name: str, config: Config) -> bool:
-    """Whether a checkpoint's tensor `name` is of the image encoder or its projector: they are kept,
-    not computed with."""
-    return name.startswith(IMAGES)
-
-
-def meant(config: Mapping[str, Any], stored: Collection[str]) -> Mapping[str, Any]:
-    """config.json as it is meant for files with the tensors `stored`: transformers 5 writes
-    `tie_word_embeddings` true, and ties only where no head is stored."""
-    own = "language_model.lm_head.weight" in stored
-    return {**config, "tie_word_embeddings": False} if own else config
 
 
 def kept(config: Config) -> int:

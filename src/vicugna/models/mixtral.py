@@ -1,7 +1,7 @@
 """Mixtral: a Mistral whose feed-forward is a mixture of experts, two of eight for each token.
 
-Jiang et al., arXiv 2401.04088. Parameter names are those of the published files, in which every
-expert's matrices w1 (gate), w3 (up) and w2 (down) are tensors of their own: see `pieces`.
+Jiang et al., arXiv 2401.04088. Parameter names are those of the published files, but for
+the stacked experts, whose matrices are tensors of their own there.
 """
 
 from dataclasses import asdict, dataclass
@@ -81,14 +81,3 @@ class Layer(nn.Module):
 
 class Network(decoder.Network):
     layer = Layer
-
-
-def pieces(name: str, config: Config) -> list[str] | None:
-    """The tensors of files that make up our stacked parameter `name`, in order; None for a
-    parameter stored under its own name."""
-    stem, _, kind = name.rpartition(".")
-    parts = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}.get(kind)
-    if parts is None or not stem.endswith("experts"):
-        return None
-    return [f"{stem}.{expert}.{part}.weight" for expert in range(config.num_local_experts)
-            for part in parts]

@@ -13,44 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vicugna.checkpoint import names
 from vicugna.checkpoint.gguf.keys import ARCHITECTURES, parsed
 from vicugna.checkpoint.stored import Stored, broken, short
 from vicugna.errors import VicugnaError
 
-OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 FREQUENCIES = "rope_freqs.weight"  # what llama.cpp divides RoPE's frequencies by
-# Names of a folder that do not end in .weight or .bias, as if they did.
-ENDINGS = {"experts.gate_up_proj": "experts.gate_up_proj.weight",
-           "experts.down_proj": "experts.down_proj.weight",
-           "e_score_correction_bias": "e_score_correction.bias"}
-
-
-def _mlp(ours: str, kind: str = "", parts: Sequence[str] = ("gate_proj", "up_proj", "down_proj")
-         ) -> dict[str, str]:
-    return {f"ffn_{theirs}{kind}": f"{ours}.{part}"
-            for theirs, part in zip(("gate", "up", "down"), parts, strict=True)}
-
-
-# Per model_type GGUF's names of a layer's tensors, and those in a folder; * is the expert's number.
-ATTENTION = {
-    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj"}
-DENSE = ATTENTION | _mlp("mlp")
-LAYER = {
-    "llama": DENSE, "mistral": DENSE, "qwen2": DENSE,
-    "mixtral": ATTENTION | {"ffn_gate_inp": "block_sparse_moe.gate"} | _mlp(
-        "block_sparse_moe.experts.*", "_exps", ("w1", "w3", "w2")),
-    "llama4_text": ATTENTION | {"ffn_gate_inp": "feed_forward.router"} | _mlp("feed_forward")
-    | _mlp("feed_forward.shared_expert", "_shexp")
-    | _mlp("feed_forward.experts", "_exps", ("gate_up_proj", "gate_up_proj", "down_proj")),
-    "deepseek_v3": DENSE | {
-        "attn_q_a": "self_attn.q_a_proj", "attn_q_a_norm": "self_attn.q_a_layernorm",
-        "attn_q_b": "self_attn.q_b_proj", "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
-        "attn_kv_a_norm": "self_attn.kv_a_layernorm", "attn_k_b": "self_attn.kv_b_proj",
-        "attn_v_b": "self_attn.kv_b_proj", "ffn_gate_inp": "mlp.gate",
-        "exp_probs_b": "mlp.gate.e_score_correction"}
-    | _mlp("mlp.shared_experts", "_shexp") | _mlp("mlp.experts.*", "_exps")}
 
 
 @dataclass(frozen=True)
@@ -126,15 +94,14 @@ class Group:
 def groups(config: Mapping[str, Any], tensors: Mapping[str, Stored]) -> list[Group]:
     """All that a file of these tensors of a folder holds, in order. VicugnaError."""
     found: dict[str, Group] = {}
-    table, lying = LAYER[config["model_type"]], forms(config)
+    table, lying = names.of(config["model_type"]).by_name, forms(config)
     for name in sorted(tensors, key=_order):
-        layer, ours, ending = _taken_apart(name)
-        names = [f"{layer and f'blk.{layer}.'}{theirs}{ending}"
-                 for theirs, known in (table if layer else OUTSIDE).items() if known == ours]
-        if not names:
+        layer, general = _general(name)
+        if not (parameter := table.get(general)) or not parameter.gguf:
             raise VicugnaError(f"GGUF has no name for tensor {short(name)}", "",
                                "Convert to a Hugging Face folder instead")
-        found.setdefault(names[0], Group(names, [], lying.get(ours, PLAIN))
+        theirs = [one.replace("#", layer) for one in parameter.gguf]
+        found.setdefault(theirs[0], Group(theirs, [], lying.get(_inner(general), PLAIN))
                          ).sources.append(tensors[name])
     return [*found.values()]
 
@@ -142,30 +109,27 @@ def groups(config: Mapping[str, Any], tensors: Mapping[str, Stored]) -> list[Gro
 def _order(name: str) -> tuple[Any, ...]:
     """Layers and experts by number, the embeddings first."""
     numbers = [int(number) for number in re.findall(r"\.(\d+)\.", name)]
-    return "embed" not in name, not numbers, numbers[:1], _taken_apart(name)[1:], numbers
+    return "embed" not in name, not numbers, numbers[:1], _general(name)[1], numbers
 
 
-def _taken_apart(name: str) -> tuple[str, str, str]:
-    """The layer of a tensor of a folder ("" for one outside), its name in it with * for the number
-    of an expert, and its ending."""
-    for known, regular in ENDINGS.items():
-        if name.endswith(f".{known}"):
-            name = name.removesuffix(known) + regular
-    match = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.*?)(\.weight|\.bias|)", name)
-    layer, ours, ending = match.groups() if match else (None, name, "")
-    return layer or "", re.sub(r"experts\.\d+\.", "experts.*.", ours), ending
+def _general(name: str) -> tuple[str, str]:
+    """A layer's number ("" outside), and the name of a tensor with # for it and * for an expert's.
+    """
+    layer = re.match(r"(?:model\.layers|blk)\.(\d+)\.", name)
+    name = re.sub(r"^(model\.layers|blk)\.\d+\.", r"\1.#.", name)
+    return layer[1] if layer else "", re.sub(r"\.experts\.\d+\.", ".experts.*.", name)
+
+
+def _inner(general: str) -> str:
+    """The name of a tensor in its layer, without its ending."""
+    return re.sub(r"^model\.layers\.#\.|\.(weight|bias)$", "", general)
 
 
 def our_name(name: str, kind: str) -> tuple[str, str, int, int]:
     """Of a tensor of a file of this model_type: its name in a folder (* for an expert's number),
     without layer and ending too, which part of it this is, and of how many."""
-    match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)(\.weight|\.bias)", name)
-    table = LAYER[kind] if match and match[1] else OUTSIDE
-    if not match or (ours := table.get(match[2])) is None:
+    layer, general = _general(name)
+    if (found := names.of(kind).by_gguf.get(general)) is None:
         raise broken(f"unexpected tensor {short(name)}", "")
-    whole = (f"model.layers.{match[1]}." if match[1] else "") + ours + match[3]
-    for known, regular in ENDINGS.items():
-        if whole.endswith(f".{regular}"):
-            whole = whole.removesuffix(regular) + known
-    parts = [theirs for theirs, other in table.items() if other == ours]
-    return whole, ours, parts.index(match[2]), len(parts)
+    return (found.name.replace("#", layer), _inner(found.name), found.gguf.index(general),
+            len(found.gguf))

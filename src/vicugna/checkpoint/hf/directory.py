@@ -129,16 +129,18 @@ def write_tensors(folder: str | Path, found: Survey, tensors: Mapping[str, Store
                   found.generation_config, found.tokenizer, found.files)
 
 
-def changed(origin: dict[str, Any], before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+def updated(original: dict[str, Any], before: dict[str, Any], now: dict[str, Any]
+            ) -> dict[str, Any]:
     """config.json as it was, with what is otherwise `now` in the config that was made of it."""
-    changed = {key: changed(origin[key], before[key], value) if all(
-        isinstance(one.get(key), dict) for one in (origin, before, now)) and key.endswith("_config")
-        else value for key, value in now.items() if value != before.get(key)}
+    changed = {key: updated(original[key], before[key], value) if all(
+        isinstance(one.get(key), dict) for one in (original, before, now)
+        ) and key.endswith("_config") else value
+        for key, value in now.items() if value != before.get(key)}
     if changed.keys() & {"rope_theta", "rope_scaling"}:  # these two keys say it all
         changed |= {key: now[key] for key in ("rope_theta", "rope_scaling")}
-        origin = {key: value for key, value in origin.items()
-                  if key not in ("rope_parameters", "original_max_position_embeddings")}
-    return origin | changed
+        original = {key: value for key, value in original.items()
+                    if key not in ("rope_parameters", "original_max_position_embeddings")}
+    return original | changed
 
 
 def write(folder: str | Path, tensors: Mapping[str, Tensor | Stored], dtype: torch.dtype,

@@ -15,10 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from vicugna.checkpoint import names
 from vicugna.checkpoint.folder import inside, read_object
 from vicugna.checkpoint.meta import params as meta_params
 from vicugna.checkpoint.meta import pth
 from vicugna.checkpoint.meta.params import Params
+from vicugna.checkpoint.names import Parameter
 from vicugna.checkpoint.stored import Mapped, Stored, broken, short
 from vicugna.checkpoint.survey import Survey
 from vicugna.errors import VicugnaError
@@ -26,67 +28,6 @@ from vicugna.tokenizer import Tokenizer, from_model_file
 
 UNUSED = re.compile(r"(^|\.)(rope\.freqs|freqs_cis|freq_cis|\w*gate_stats_3E|expert_activation_DE)$"
                     r"|_extra_state$")
-
-# Meta's name ("#" is a layer's number): the dimension along which ranks follow each other (None:
-# all hold the same), and the names of Hugging Face that are made of it.
-Rules = Mapping[str, tuple[int | None, *tuple[str, ...]]]
-LLAMA: Rules = {
-    "tok_embeddings.weight": (0, "model.embed_tokens.weight"),
-    "norm.weight": (None, "model.norm.weight"),
-    "output.weight": (0, "lm_head.weight"),
-    "layers.#.attention_norm.weight": (None, "model.layers.#.input_layernorm.weight"),
-    "layers.#.attention.wq.weight": (0, "model.layers.#.self_attn.q_proj.weight"),
-    "layers.#.attention.wk.weight": (0, "model.layers.#.self_attn.k_proj.weight"),
-    "layers.#.attention.wv.weight": (0, "model.layers.#.self_attn.v_proj.weight"),
-    "layers.#.attention.wo.weight": (1, "model.layers.#.self_attn.o_proj.weight"),
-    "layers.#.ffn_norm.weight": (None, "model.layers.#.post_attention_layernorm.weight"),
-    "layers.#.feed_forward.w1.weight": (0, "model.layers.#.mlp.gate_proj.weight"),
-    "layers.#.feed_forward.w3.weight": (0, "model.layers.#.mlp.up_proj.weight"),
-    "layers.#.feed_forward.w2.weight": (1, "model.layers.#.mlp.down_proj.weight")}
-EYES = "vision_embeddings.vision_encoder."
-VISION: Rules = {
-    **{EYES + name: (None, f"vision_model.{name}")
-       for name in ("class_embedding", "positional_embedding_vlm")},
-    EYES + "conv1._linear.weight": (0, "vision_model.patch_embedding.linear.weight"),
-    **{f"{EYES}ln_{place}.{kind}": (None, f"vision_model.layernorm_{place}.{kind}")
-       for place in ("pre", "post") for kind in ("weight", "bias")},
-    **{f"{EYES}transformer.resblocks.#.{theirs}.{kind}": (
-        split, f"vision_model.model.layers.#.{ours}.{kind}")
-       for theirs, ours, *splits in (
-           ("ln_1", "input_layernorm", None, None),
-           ("ln_2", "post_attention_layernorm", None, None),
-           ("attn.wq", "self_attn.q_proj", 0, 0), ("attn.wk", "self_attn.k_proj", 0, 0),
-           ("attn.wv", "self_attn.v_proj", 0, 0), ("attn.wo", "self_attn.o_proj", 1, None),
-           ("mlp.c_fc", "mlp.fc1", 0, 0), ("mlp.c_proj", "mlp.fc2", 1, None))
-       for kind, split in zip(("weight", "bias"), splits, strict=True)},
-    "vision_embeddings.vision_adapter.mlp.c_fc.weight": (
-        0, "vision_model.vision_adapter.mlp.fc1.weight"),
-    "vision_embeddings.vision_adapter.mlp.c_proj.weight": (
-        1, "vision_model.vision_adapter.mlp.fc2.weight"),
-    "vision_projection.weight": (0, "multi_modal_projector.linear_1.weight")}
-NORM, FFN = "model.layers.#.post_attention_layernorm.weight", "model.layers.#.feed_forward."
-LLAMA4: Rules = {
-    **VISION,
-    **{name: LLAMA[name] for name in (
-        "tok_embeddings.weight", "norm.weight", "output.weight", "layers.#.attention_norm.weight",
-        "layers.#.attention.wo.weight")},
-    "layers.#.attention.wqkv.layer_norm_weight": LLAMA["layers.#.attention_norm.weight"],
-    "layers.#.attention.wqkv.weight": (0, *(f"model.layers.#.self_attn.{x}_proj.weight"
-                                            for x in "qkv")),
-    "layers.#.feed_forward.norm.weight": (None, NORM),
-    "layers.#.feed_forward.mlp.layer_norm_weight": (None, NORM),
-    "layers.#.feed_forward.mlp.fc1_weight": (0, FFN + "gate_proj.weight", FFN + "up_proj.weight"),
-    "layers.#.feed_forward.mlp.fc2_weight": (1, FFN + "down_proj.weight"),
-    "layers.#.feed_forward.w1.weight": (0, FFN + "gate_proj.weight"),
-    "layers.#.feed_forward.w3.weight": (0, FFN + "up_proj.weight"),
-    "layers.#.feed_forward.w2.weight": (1, FFN + "down_proj.weight"),
-    "layers.#.feed_forward.router_DE": (None, FFN + "router.weight"),
-    "layers.#.feed_forward.w_in_shared_FD.weight": (0, FFN + "shared_expert.gate_proj.weight"),
-    "layers.#.feed_forward.w_swiglu_FD.weight": (0, FFN + "shared_expert.up_proj.weight"),
-    "layers.#.feed_forward.w_out_shared_DF.weight": (1, FFN + "shared_expert.down_proj.weight"),
-    "layers.#.feed_forward.experts.moe_w_in_eD_F": (2, FFN + "experts.gate_up_proj"),
-    "layers.#.feed_forward.experts.moe_w_swiglu_eD_F": (2, FFN + "experts.gate_up_proj"),
-    "layers.#.feed_forward.experts.moe_w_out_eF_D": (1, FFN + "experts.down_proj")}
 
 
 @dataclass(frozen=True)
@@ -114,19 +55,19 @@ class Original:
         prefix = "language_model." if self.fourth and self.params.vision_args else ""
         sources: dict[str, list[tuple[str, int]]] = {}  # names, and which of their pieces
         for name in sorted(self.ranks[0].keys() - ({"output.weight"} if tied else set())):
-            _, *targets = self._rule(name)  # sorted: an expert's gate comes before its up
             layer = re.search(r"\.(\d+)\.", name)
-            for index, target in enumerate(targets):
-                target = target.replace("#", layer[1] if layer else "#")
+            for index, held in enumerate(self._held(name)):  # sorted: gate comes before up
+                target = held.name.replace("#", layer[1] if layer else "#")
                 text = target.startswith(("model.", "lm_head."))
                 sources.setdefault(prefix * text + target, []).append((name, index))
         return {target: self._joined(target, made_of) for target, made_of in sources.items()}
 
-    def _rule(self, name: str) -> tuple[int | None, *tuple[str, ...]]:
-        rule = (LLAMA4 if self.fourth else LLAMA).get(re.sub(r"\.\d+\.", ".#.", name, count=1))
-        if rule is None:
+    def _held(self, name: str) -> list[Parameter]:
+        """The parameters that Meta's tensor `name` holds, in order."""
+        known = names.of("llama4" if self.fourth else "llama").by_meta
+        if (held := known.get(re.sub(r"\.\d+\.", ".#.", name, count=1))) is None:
             raise broken("unexpected: no Llama of Meta has it", self.ranks[0][name].where)
-        return rule
+        return held
 
     def _joined(self, target: str, made_of: list[tuple[str, int]]) -> Stored:
         first = self.ranks[0][made_of[0][0]]
@@ -147,7 +88,7 @@ class Original:
 
     def _whole(self, target: str, made_of: list[tuple[str, int]]) -> Tensor:
         for name, _ in made_of:
-            if self._rule(name)[0] is None:
+            if self._held(name)[0].split is None:
                 self._same_values(name)
         parts, split = self._parts(target, made_of, Mapped().tensor)
         whole = torch.cat(parts, split) if parts[1:] else parts[0]
@@ -177,7 +118,8 @@ class Original:
         parts: list[Tensor] = []
         count, split = len(self.ranks), 0
         for name, index in made_of:
-            first, (dim, *_) = self._cut(name, pick(self.ranks[0][name]))[index], self._rule(name)
+            first = self._cut(name, pick(self.ranks[0][name]))[index]
+            dim = self._held(name)[0].split
             step, split = (count, 0) if dim is None else (1, dim)
             if re.search(r"(?<!vision_model\.)model\.layers\.\d+\.self_attn\.[kv]_proj", target):
                 # Where ranks outnumber the heads of keys and values, neighbours hold the same.
