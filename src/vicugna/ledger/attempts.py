@@ -1,4 +1,4 @@
-"""What surrounds an attempt: the version of the code, and what is entered when it fails."""
+"""Around an attempt: the version of the code, and the outcome of a block that fails."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress

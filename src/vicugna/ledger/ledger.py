@@ -2,8 +2,8 @@
 
 A row is `{"seq", "previous", "content", "hash"}`; its hash covers the other three, and `previous`
 is the hash of the row before. `content` holds the event ("open", "resume" or "close"), the
-attempt's id, the time and what was said of it. Triggers forbid change and deletion; whoever works
-around them is found by check().
+attempt's id, the time and the event's fields. Triggers forbid change and deletion; check() finds
+what was done in spite of them.
 """
 
 import json
@@ -19,7 +19,7 @@ from vicugna.errors import VicugnaError
 from vicugna.files import canonical, digest_of, disk_errors
 
 OUTCOMES = ("done", "failed", "refused", "interrupted")
-FIRST = "0" * 64
+GENESIS = "0" * 64  # `previous` of the first row
 VERSION = 1
 SCHEMA = """
 CREATE TABLE rows (seq INTEGER PRIMARY KEY AUTOINCREMENT, previous TEXT NOT NULL,
@@ -31,9 +31,13 @@ CREATE TRIGGER no_delete BEFORE DELETE ON rows BEGIN SELECT RAISE(ABORT, 'append
 
 @dataclass(frozen=True)
 class Attempt:
-    """One attempt as its rows tell it. `outcome` is "open" while it runs or after it was killed,
-    then one of OUTCOMES; `cost` (flops, device_seconds, tokens, peak_memory_bytes) covers the
-    whole attempt; `result["digest"]` is the digest of what it made; times are ISO 8601, UTC."""
+    """One attempt: a stage of a run, or an evaluation.
+
+    `kind` is the stage's, `purpose` "research" or "product", `parents` the digests of what it
+    started from. `outcome` is "open" while it runs or after it was killed, then one of OUTCOMES;
+    `cost` (flops, device_seconds, tokens, peak_memory_bytes) covers the whole attempt;
+    `result["digest"]` is the digest of what it made, `result["error"]` the message of one that
+    ended otherwise; times are ISO 8601, UTC."""
 
     id: str
     kind: str
@@ -72,21 +76,21 @@ class Ledger:
 
     def open(self, kind: str, purpose: str, recipe_digest: str, code_version: str,
              data_digest: str, parents: Sequence[str] = (), folder: str = "") -> str:
-        """Enter an attempt before its first step and give its id. If the last attempt with this
-        kind, recipe, data, parents and folder was killed or interrupted, this resumes that one."""
+        """Enter an attempt before its first step; its id. If the last attempt of the same kind,
+        recipe, data, parents and folder was killed or interrupted, that one is resumed."""
         same = {"kind": kind, "recipe_digest": recipe_digest, "data_digest": data_digest,
                 "parents": list(parents), "folder": folder}
         with self._transaction() as db:
-            alike = [attempt for attempt in attempts_in(_rows(db))
-                     if same.items() <= vars(attempt).items()]
-            if alike and alike[-1].outcome in ("open", "interrupted"):
-                return _append(db, "resume", alike[-1].id, {"code_version": code_version})
+            earlier = [attempt for attempt in attempts_in(_rows(db))
+                       if same.items() <= vars(attempt).items()]
+            if earlier and earlier[-1].outcome in ("open", "interrupted"):
+                return _append(db, "resume", earlier[-1].id, {"code_version": code_version})
             return _append(db, "open", "", {
                 **same, "purpose": purpose, "code_version": code_version})
 
     def close(self, attempt: str, outcome: str, cost: Mapping[str, Any],
               result: Mapping[str, Any]) -> None:
-        """End an attempt; VicugnaError if it is unknown or has already ended."""
+        """Close an attempt; VicugnaError if it is unknown or closed already."""
         if outcome not in OUTCOMES:
             raise VicugnaError(f"no outcome {outcome!r}", "ledger", f"Use {', '.join(OUTCOMES)}")
         with self._transaction() as db:
@@ -102,16 +106,16 @@ class Ledger:
             return _rows(db)
 
     def attempts(self) -> list[Attempt]:
-        """Every attempt, oldest first; `parents` tells its lineage."""
+        """Every attempt, oldest first."""
         return attempts_in(self.rows())
 
     def check(self) -> str | None:
-        """Walk the chain: what is wrong with the first broken row, or None."""
+        """Check the hash chain: what is wrong with its first broken row, or None."""
         with self._transaction("DEFERRED") as db:
             names = {name for (name,) in db.execute("SELECT name FROM sqlite_master")}
             (newest,) = db.execute("SELECT seq FROM sqlite_sequence").fetchone() or (0,)
             rows = _rows(db)
-        previous = FIRST
+        previous = GENESIS
         for seq, row in enumerate(rows, start=1):
             if row["seq"] != seq or row["previous"] != previous or not intact(row):
                 return f"row {seq}: it or the row before it was changed or removed"
@@ -135,24 +139,24 @@ class Ledger:
 
 
 def intact(row: Mapping[str, Any]) -> bool:
-    """Whether a row's hash is the hash of what it says."""
+    """Whether a row's hash is that of its content."""
     return bool(row["hash"] == digest_of([row["seq"], row["previous"], row["content"]]))
 
 
 def attempts_in(rows: Iterable[Mapping[str, Any]]) -> list[Attempt]:
-    """The attempts that some rows tell of, oldest first."""
+    """Replay rows: the attempts that they enter, oldest first."""
     found: dict[str, Attempt] = {}
     for row in rows:
-        said = dict(row["content"])
+        fields = dict(row["content"])
         try:
-            event, name, time = said.pop("event"), said.pop("attempt"), said.pop("time")
+            event, name, time = (fields.pop(key) for key in ("event", "attempt", "time"))
             if event == "open":
-                found[name] = Attempt(id=name, opened=time, **said)
+                found[name] = Attempt(id=name, opened=time, **fields)
             elif event == "resume":
                 resumed = found[name].resumed + 1
                 found[name] = replace(found[name], outcome="open", closed="", resumed=resumed)
             else:
-                found[name] = replace(found[name], closed=time, **said)
+                found[name] = replace(found[name], closed=time, **fields)
         except (KeyError, TypeError) as error:
             raise VicugnaError(f"a changed row: {error!r}", f"ledger row {row['seq']}",
                                "Restore the ledger from a copy") from error
@@ -172,12 +176,12 @@ def lineage(attempts: Sequence[Attempt], digest: str) -> list[Attempt]:
     return [attempt for attempt in attempts if attempt in found]
 
 
-def _append(db: sqlite3.Connection, event: str, attempt: str, said: Mapping[str, Any]) -> str:
+def _append(db: sqlite3.Connection, event: str, attempt: str, fields: Mapping[str, Any]) -> str:
     last = db.execute("SELECT seq, hash FROM rows ORDER BY seq DESC LIMIT 1").fetchone()
-    seq, previous = (last[0] + 1, last[1]) if last else (1, FIRST)
-    attempt = attempt or f"{said['kind']}-{seq}"
+    seq, previous = (last[0] + 1, last[1]) if last else (1, GENESIS)
+    attempt = attempt or f"{fields['kind']}-{seq}"
     time = datetime.now(UTC).isoformat(timespec="seconds")
-    content = {"event": event, "attempt": attempt, "time": time, **said}
+    content = {"event": event, "attempt": attempt, "time": time, **fields}
     db.execute("INSERT INTO rows VALUES (?, ?, ?, ?)",
                (seq, previous, canonical(content).decode(), digest_of([seq, previous, content])))
     return attempt
@@ -190,6 +194,6 @@ def _rows(db: sqlite3.Connection) -> list[dict[str, Any]]:
         try:
             content = dict(json.loads(text))
         except (ValueError, TypeError):
-            content = {}  # no longer what its hash says: check() finds it
+            content = {}  # it does not have its hash: check() finds it
         rows.append({"seq": seq, "previous": previous, "content": content, "hash": digest})
     return rows
