@@ -39,6 +39,16 @@ def test_an_attempt_is_open_from_its_first_row(ledger: Ledger) -> None:
     assert lineage(ledger.attempts(), "weights-9") == []
 
 
+def test_a_stage_that_changed_nothing_does_not_end_the_lineage(ledger: Ledger) -> None:
+    """Reinforcement learning without a single reward gives the weights that it started from."""
+    third = ledger.attempts()[-1].id
+    ledger.close(third, "done", COST, {"digest": "weights-2"})
+    assert lineage(ledger.attempts(), "weights-2") == ledger.attempts()
+    again = entered(ledger)  # the first one once more: what was made before is not made of it
+    ledger.close(again, "done", COST, {"digest": "weights-1"})
+    assert lineage(ledger.attempts(), "weights-2") == ledger.attempts()[:3]
+
+
 def test_a_killed_or_interrupted_attempt_goes_on_under_its_id(ledger: Ledger) -> None:
     id = ledger.attempts()[-1].id
     assert entered(ledger, "rl", "f", "weights-2") == id

@@ -12,7 +12,7 @@ from vicugna.errors import VicugnaError
 
 def ledger(
     workspace: Annotated[Path, typer.Argument(envvar="VICUGNA_WORKSPACE",
-                                              help="Where the ledger is.")] = Path("runs"),
+                                              help="The folder that holds the runs.")] = Path("runs"),
     as_json: output.Json = False,
 ) -> None:
     """List all attempts, with lineage, cost and outcome; exit 1 if the chain is broken."""
@@ -21,16 +21,17 @@ def ledger(
     path = workspace / "ledger.sqlite"
     if not path.exists():
         raise VicugnaError("no ledger here yet", str(path), "Run a recipe first")
-    book = Ledger(path)
-    problem, attempts = book.check(), book.attempts()
+    found = Ledger(path)
+    problem, attempts = found.check(), found.attempts()
     if as_json:
         output.as_json({"intact": problem is None, "problem": problem,
                         "attempts": [asdict(one) for one in attempts]})
     else:
-        output.table(str(path), ("attempt", "outcome", "opened", "made", "from", "tokens", "s"),
-                     ((one.id, one.outcome, one.opened[:16], str(one.result.get("digest", ""))[:8],
-                       " ".join(parent[:8] for parent in one.parents),
-                       f"{one.cost.get('tokens', 0):,}",
-                       f"{one.cost.get('device_seconds', 0):,.0f}") for one in attempts), 5)
+        columns = ("attempt", "purpose", "outcome", "opened", "made", "from", "tokens", "s")
+        output.table(str(path), columns, (
+            (one.id, one.purpose, one.outcome, one.opened[:16],
+             str(one.result.get("digest", ""))[:8],
+             " ".join(parent[:8] for parent in one.parents), f"{one.cost.get('tokens', 0):,}",
+             f"{one.cost.get('device_seconds', 0):,.0f}") for one in attempts), 6)
         print(f"The chain is broken at {problem}" if problem else "The chain is intact.")
     raise typer.Exit(1 if problem else 0)

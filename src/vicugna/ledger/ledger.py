@@ -165,15 +165,16 @@ def attempts_in(rows: Iterable[Mapping[str, Any]]) -> list[Attempt]:
 
 def lineage(attempts: Sequence[Attempt], digest: str) -> list[Attempt]:
     """The finished attempts that made `digest`, and what it was made from, oldest first. Where
-    several made the same bytes, the latest stands for them."""
-    makers = {a.result.get("digest"): a for a in attempts if a.outcome == "done"}
-    wanted, found = [digest], []
+    several made the same bytes, it is the last one before they were used."""
+    found, wanted = set[int](), [(digest, len(attempts))]
     while wanted:
-        maker = makers.get(wanted.pop())
-        if maker and maker not in found:
-            found.append(maker)
-            wanted += maker.parents
-    return [attempt for attempt in attempts if attempt in found]
+        digest, end = wanted.pop()
+        makers = [number for number, attempt in enumerate(attempts[:end])
+                  if attempt.outcome == "done" and attempt.result.get("digest") == digest]
+        if makers and makers[-1] not in found:
+            found.add(makers[-1])
+            wanted += [(parent, makers[-1]) for parent in attempts[makers[-1]].parents]
+    return [attempts[number] for number in sorted(found)]
 
 
 def _append(db: sqlite3.Connection, event: str, attempt: str, fields: Mapping[str, Any]) -> str:
