@@ -12,7 +12,7 @@ from vicugna.errors import VicugnaError
 
 def ledger(
     workspace: Annotated[Path, typer.Argument(envvar="VICUGNA_WORKSPACE",
-                                              help="The folder that holds the runs.")] = Path("runs"),
+                                              help="The folder of the runs.")] = Path("runs"),
     as_json: output.Json = False,
 ) -> None:
     """List all attempts, with lineage, cost and outcome; exit 1 if the chain is broken."""
