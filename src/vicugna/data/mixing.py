@@ -45,8 +45,10 @@ def schedule(weights: Sequence[float], cycle: int = 1 << 12) -> np.ndarray:
 class Stream:
     """The mixed stream; row r and step s are pure functions of the stream's digest and r or s."""
 
-    def __init__(self, sources: Sequence[Rows], weights: Sequence[float], digest: str) -> None:
+    def __init__(self, sources: Sequence[Rows], weights: Sequence[float], digest: str,
+                 plain_text: Sequence[str] = ()) -> None:
         self.digest, self.sources, self._order = digest, list(sources), schedule(weights)
+        self.plain_text = list(plain_text)  # sources that are no chats
         chosen = self._order[:, None] == np.arange(len(sources))
         self._per_cycle, self._before = chosen.sum(0), chosen.cumsum(0) - chosen
 
@@ -94,13 +96,12 @@ def open_stream(specs: Sequence[str | dict[str, Any] | SourceSpec], tokenizer: T
     VicugnaError, naming file and line, for what cannot be read, and when nothing is in `split`.
     """
     sources: list[Rows] = []
-    weights = []
+    weights, plain_text = [], []
     pad = tokenizer.pad_id if pad is None else pad
     for index, spec in enumerate(parse_specs(specs)):
         own_seed = int(files.digest_of([seed, index])[:12], 16)
         if spec.source.startswith(TASK):
-            rows: Rows = TaskRows(spec, tokenizer, seq_len, own_seed, split, pad,
-                                  date)
+            rows: Rows = TaskRows(spec, tokenizer, seq_len, own_seed, split, pad, date)
         else:
             tokens = open_tokens(spec, tokenizer, Path(cache_folder), date)
             every = np.arange(len(tokens.offsets) - 1)
@@ -110,13 +111,14 @@ def open_stream(specs: Sequence[str | dict[str, Any] | SourceSpec], tokenizer: T
             if split == "dev" and not enough:
                 continue
             rows = FileRows(tokens, seq_len, own_seed, pad, spec.source, own)
+            plain_text += [spec.source] if tokens.mask is None else []
         sources.append(rows)
         weights.append(spec.weight)
     if not sources:
         raise VicugnaError("no source is large enough to hold out documents", "sources",
                            "Add data, or set validation_rows to 0")
     shares = [[rows.digest, weight] for rows, weight in zip(sources, weights, strict=True)]
-    return Stream(sources, weights, files.digest_of([seed, seq_len, split, shares]))
+    return Stream(sources, weights, files.digest_of([seed, seq_len, split, shares]), plain_text)
 
 
 def texts(specs: Sequence[str | dict[str, Any] | SourceSpec], limit_bytes: int = 16_000_000

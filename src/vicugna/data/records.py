@@ -120,8 +120,8 @@ def _message(turn: Any, where: str) -> Any:
         return turn
     turn = {key: value for key, value in turn.items() if value is not None}
     if "role" not in turn and "from" in turn and "value" in turn:
-        role = str(turn.pop("from"))
-        turn = {**turn, "role": ROLES.get(role, role), "content": turn.pop("value")}
+        role, content = str(turn.pop("from")), turn.pop("value")
+        turn |= {"role": ROLES.get(role, role), "content": content}
         if role == "function_call":
             raise VicugnaError("ShareGPT's function_call is not read", where,
                                'Write {"role": "assistant", "tool_calls": [...]}')

@@ -1,5 +1,6 @@
 """Pretraining and supervised fine-tuning: the trainer over a stream of texts and chats."""
 
+import sys
 from datetime import date as Date
 from functools import partial
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vicugna import data
+from vicugna import data, files
 from vicugna.data import IGNORED, Batch, Stream
 from vicugna.distributed import Ranks
 from vicugna.errors import VicugnaError
@@ -34,6 +35,8 @@ def from_data(network: nn.Module, tokenizer: Tokenizer, spec: TrainSpec, seed: i
     opened = partial(data.open_stream, spec.sources, tokenizer, spec.sequence_length, seed, cache,
                      pad=padding(tokenizer, network), date=date)
     stream, prefetched = opened(), None
+    if ranks.first and spec.kind == "sft":
+        warn_of_plain_text(stream, where, folder)
 
     def batch_of(step: int) -> TrainingBatch:
         nonlocal prefetched
@@ -47,6 +50,16 @@ def from_data(network: nn.Module, tokenizer: Tokenizer, spec: TrainSpec, seed: i
 
     validate = _validation(opened("dev"), spec, ranks) if spec.validation_rows else None
     return train(network, next_token, batch_of, spec, folder, where, ranks, validate)
+
+
+def warn_of_plain_text(stream: Stream, where: str, folder: Path) -> None:
+    """Say, and write to folder/warnings.txt, which of the sources are plain text: it is learned as
+    it is, without the form of a chat."""
+    lines = [f"warning: {where}: {source} is plain text, not chats: all of it is learned, without "
+             "the chat template" for source in stream.plain_text]
+    if lines:
+        print(*lines, sep="\n", file=sys.stderr)
+        files.write_text(folder / "warnings.txt", "\n".join([*lines, ""]))
 
 
 def check_length(length: int, context: int, where: str) -> None:
