@@ -29,16 +29,15 @@ def reasoning_apart(message: Message) -> Message:
 def left_out(message: Message, turn: str) -> str | None:
     """Which part of a message its rendered turn lacks: "reasoning", "content", "tool calls" or
     None. White space does not count; what is in JSON counts as well."""
-    left = _squeezed(turn)
-    content = message.get("content")
+    left, reasoning, content = _squeezed(turn), reasoning_of(message), message.get("content")
     parts = content if isinstance(content, list) else [{"type": "text", "text": content or ""}]
     texts = [part["text"] for part in parts if part["type"] == "text"]
-    for part, pieces in (("reasoning", [reasoning_of(message)]), ("content", texts)):
-        for text in pieces:
-            found = next((form for form in _forms(text) if form in left), None)
-            if found is None:
-                return part
-            left = left.replace(found, "\0", 1) if found else left  # not to be found twice
+    for text in [reasoning, *texts]:
+        found = next((form for form in _forms(text) if form in left), None)
+        if found is None:
+            alone = reasoning and left_out({**message, **dict.fromkeys(REASONING)}, turn) is None
+            return "reasoning" if text is reasoning or alone else "content"
+        left = left.replace(found, "\0", 1) if found else left  # not to be found twice
     for call in message.get("tool_calls") or []:
         called = call.get("function", call)
         arguments = called["arguments"]

@@ -93,7 +93,8 @@ def flags(raw: tokenizers.Tokenizer) -> dict[str, Any]:
 
 def template(name: str) -> str:
     """A chat template that says what the published one says, in other words."""
-    return (Path(__file__).parent / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
+    path = Path(__file__).parent / "tokenizer" / "templates" / f"{name}.jinja"
+    return path.read_text(encoding="utf-8")
 
 
 def llama2(folder: Path) -> Path:
