@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import errno
 import inspect
 import json
@@ -18,11 +19,12 @@ import torch
 from runs import RECIPE, arguments, made_by, run_to_its_end, start
 
 import vicugna
-from vicugna import run
+from vicugna import chat, models, run, tokenizer
 from vicugna.distributed import Ranks
 from vicugna.errors import Refused, VicugnaError
 from vicugna.files import owned, read_json
 from vicugna.ledger import Ledger
+from vicugna.model import Model
 from vicugna.release import verify
 from vicugna.training import cost, supervised
 from vicugna.training.recipe import Recipe, read
@@ -409,7 +411,6 @@ def test_memory_that_runs_out(small: Small, monkeypatch: pytest.MonkeyPatch) -> 
 def test_own_chats_tune_a_llama_made_by_transformers(small: Small, tmp_path: Path) -> None:
     """A recipe with sft and eval only, from a Hugging Face folder, on the user's own lines."""
     transformers = pytest.importorskip("transformers")
-    from vicugna import tokenizer
     words = tokenizer.train(["Was ist das? The code is 12. Yes."] * 3, 300)
     config = transformers.LlamaConfig(
         vocab_size=words.vocab_size, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
@@ -417,11 +418,8 @@ def test_own_chats_tune_a_llama_made_by_transformers(small: Small, tmp_path: Pat
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
     words.save(tmp_path / "llama")
-    lines = [{"messages": [{"role": "user", "content": f"Code {n}?"},
-                           {"role": "assistant", "content": str(n)}]} for n in range(60)]
-    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    mine = [{"source": str(tmp_path / "mine.jsonl")}]
-    sft = {**small.stages[1], "kind": "sft", "sources": mine, "sequence_length": 64}
+    sft = {**small.stages[1], "kind": "sft", "sources": own_chats(tmp_path / "mine.jsonl"),
+           "sequence_length": 64}
     del small.values["data"]  # the checkpoint has a tokenizer, and no stage names the corpus
     small.values["model"], small.stages = {"start": str(tmp_path / "llama")}, [sft, EVAL]
     done = small()
@@ -435,6 +433,69 @@ def test_own_chats_tune_a_llama_made_by_transformers(small: Small, tmp_path: Pat
     tokens = torch.tensor([[5, 6, 7]])
     torch.testing.assert_close(hers(tokens).logits, tuned.logits(tokens), atol=1e-5, rtol=1e-5)
     assert "02-eval" in {p.name for p in small.folder.iterdir()}
+
+
+DATED = (Path(__file__).parent / "tokenizer" / "templates" / "llama3.jinja").read_text()
+
+
+def own_chats(path: Path) -> list[str]:
+    lines = [{"messages": [{"role": "user", "content": f"Code {n}?"},
+                           {"role": "assistant", "content": str(n)}]} for n in range(60)]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return [str(path)]
+
+
+def a_checkpoint(folder: Path, template: str) -> None:
+    """A tiny llama whose replies end early, with a chat template."""
+    words = tokenizer.train(["Today Date: 26 Jul 2024 The code is 12. Dogs bark."] * 3, 300)
+    network = models.build({
+        "model_type": "llama", "vocab_size": words.vocab_size, "hidden_size": 16,
+        "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "max_position_embeddings": 1024, "initializer_range": 0.5})
+    models.initialise(network, 0)
+    Model(network, words, {"eos_token_id": list(range(0, 300, 2))}).save(folder)
+    (folder / "chat_template.jinja").write_text(template)
+
+
+def test_a_template_that_writes_the_date(small: Small, tmp_path: Path,
+                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training, scores and release are the same on every day; only the recipe's date counts."""
+    class Clock(datetime.datetime):
+        today_is = (2026, 11, 28)
+
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return datetime.datetime(*cls.today_is)
+
+    monkeypatch.setattr("vicugna.chat.sandbox.datetime", Clock)
+    a_checkpoint(tmp_path / "start", DATED)
+    small.values = {"model": {"start": str(tmp_path / "start")}}
+    rl = {"kind": "rl", "steps": 1, "prompts": 2, "group": 2, "max_new_tokens": 4,
+          "precision": "fp32", "tasks": ["task:reasoning.steps"]}
+    mine = own_chats(tmp_path / "mine.jsonl")
+    small.stages = [{**SFT, "sequence_length": 512, "sources": mine}, rl,
+                    {**EVAL, "compare": ["start"]}, RELEASE]
+    first = small()
+    made = {stage["kind"]: first.output(stage["kind"]) for stage in small.stages}
+    chat_of_today = chat.render(first.model("rl").tokenizer, [{"role": "user", "content": "?"}])
+    assert "28 Nov 2026" in chat_of_today
+    release = first.path("release") / "release"
+    assert "date: '2026-01-01'" in (release / "evidence" / "recipe.yaml").read_text()
+    assert read_json(release / "evidence" / "eval-01" / "results.json")["date"] == "2026-01-01"
+    Clock.today_is = (2026, 11, 29)
+    assert all(check.ok for check in verify(release, 100))
+    before, small.folder = small.folder, tmp_path / "tomorrow" / "r"
+    second = small()
+    assert made == {name: second.output(name) for name in made}
+
+    path = release / "evidence" / "eval-01" / "results.json"
+    text = path.read_text()
+    path.write_text(text.replace("2026-01-01", "2026-01-02"))
+    assert not all(check.ok for check in verify(release, 0))
+    path.write_text(text)
+    small.folder, small.values["date"] = before, "2026-01-02"
+    assert small().output("sft") != made["sft"]
+    assert (small.folder / "01-sft.old-1").exists()
 
 
 def test_a_model_trained_on_own_texts(small: Small, tmp_path: Path) -> None:
