@@ -284,10 +284,11 @@ def hash_again(folder: Path) -> None:
     write_json(folder / "manifest.json", content)
 
 
-def rewritten(folder: Path, edit: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> None:
+def rewritten(folder: Path, edit: Callable[[list[dict[str, Any]]], list[dict[str, Any]]],
+              **other: Any) -> None:
     """Change the items, and then results, ledger, card and manifest so that all agree."""
     evaluation = folder / "evidence" / "eval-01"
-    content = read_json(evaluation / "results.json")
+    content = read_json(evaluation / "results.json") | other
     records = edit(evals.read_records(evaluation / "items.jsonl"))
     for record in records:
         record["id"] = evals.PlannedItem.from_dict(record).id
@@ -438,6 +439,19 @@ def test_swapped_weights_under_rewritten_evidence_give_other_answers(release: Pa
     hash_again(release)
     assert failed(release, 0) == {}
     assert failed(release).keys() == {"sample"}
+
+
+def test_another_date_gives_other_prompts_where_the_template_writes_it(tmp_path: Path) -> None:
+    def dated(model: Path) -> None:
+        template = model / "chat_template.jinja"
+        template.write_text("{{ strftime_now('%Y-%m-%d') }}" + template.read_text())
+
+    work(tmp_path, dated).release()
+    assert failed(tmp_path / "out") == {}
+    rewritten(tmp_path / "out", lambda records: records, date="2026-01-02")
+    assert failed(tmp_path / "out").keys() == {"sample"}
+    change(tmp_path / "out/evidence/eval-01/results.json", "2026-01-02", "2026-01-01")
+    assert failed(tmp_path / "out", 0)
 
 
 def test_the_control_rewriting_without_a_change_holds(release: Path) -> None:
