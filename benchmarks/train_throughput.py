@@ -85,7 +85,8 @@ def ours(state: dict[str, torch.Tensor], batches: list[torch.Tensor], precision:
         return TrainingBatch(tokens[:, :-1], positions, tokens[:, 1:], weights,
                              float(weights.sum()))
 
-    spec = StageSpec(steps=len(batches), precision=precision, checkpoint_every=10**9,
+    spec = StageSpec(kind="pretrain", steps=len(batches), precision=precision,
+                     checkpoint_every=10**9,
                      optimiser=OptimiserSpec(kind="adamw", learning_rate=LEARNING_RATE,
                                              schedule="wsd", warmup=0, decay=1e-9, beta1=0.9))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -154,7 +154,7 @@ def test_every_storage_call_may_be_the_last(small: Small, monkeypatch: pytest.Mo
 def test_what_is_done_is_not_done_again(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     small()
     before = read_json(small.folder / "02-pretrain" / "stage.json")
-    monkeypatch.setattr(supervised, "from_data", None)  # would raise
+    monkeypatch.setattr(supervised, "batches", None)  # would raise
     small()
     assert read_json(small.folder / "02-pretrain" / "stage.json") == before
     assert len(small.ledger.attempts()) == 2
@@ -190,7 +190,7 @@ def test_a_stage_put_in_between_repeats_no_other(small: Small, monkeypatch: pyte
     before = frozen(small)
     small.stages.insert(2, {**EVAL, "name": "early"})
     small.stages.append({**EVAL, "compare": ["pretrain"]})
-    monkeypatch.setattr(supervised, "from_data", None)  # would raise
+    monkeypatch.setattr(supervised, "batches", None)  # would raise
     monkeypatch.setattr(run, "train_tokenizer", None)
     small()
     assert folders(small) == ["01-tokenizer", "02-pretrain", "03-early", "04-sft", "05-eval"]
@@ -401,7 +401,7 @@ def test_memory_that_runs_out(small: Small, monkeypatch: pytest.MonkeyPatch) -> 
     def greedy(*arguments: Any, **how: Any) -> None:
         torch.empty(1 << 60)
 
-    monkeypatch.setattr(supervised, "from_data", greedy)
+    monkeypatch.setattr(supervised, "batches", greedy)
     small.values["model"] = {"depth": 1, "width": 16, "heads": 2, "context": 256}
     with pytest.raises(VicugnaError, match="memory ran out"):
         small()

@@ -55,18 +55,18 @@ Log = Callable[[str], None]
 @dataclass(frozen=True)
 class Run:
     """A recipe and the folder in which it is run; `ledger` is its workspace's. `loaded` holds the
-    model that was loaded last, by the name of its stage."""
+    model that was loaded last, by the name of its stage and device."""
 
     recipe: Recipe
     folder: Path
     ledger: Ledger
     ranks: Ranks
-    loaded: dict[str, Model] = field(default_factory=dict)
+    loaded: dict[tuple[str, str], Model] = field(default_factory=dict)
 
     @cached_property
     def start_digest(self) -> str:
         """The digest of the checkpoint START, taken before it is trained."""
-        return self.model(START).digest
+        return self.model(START, "meta").digest
 
     def path(self, name: str) -> Path:
         """The folder of the stage."""
@@ -88,17 +88,18 @@ class Run:
                                f"Run it first: --stage {name}")
         return str(record["output"])
 
-    def model(self, name: str) -> Model:
-        """The model that a stage made, or the checkpoint START; VicugnaError if it was changed
-        since."""
-        if name not in self.loaded:
+    def model(self, name: str, device: str | None = None) -> Model:
+        """The model that a stage made, or the checkpoint START, on this rank's device or on
+        "meta", without weights; VicugnaError if it was changed since."""
+        key = name, device or str(self.ranks.device)
+        if key not in self.loaded:
             self.loaded.clear()
             folder = self.path(name) / "checkpoint" if name != START else self.recipe.model.start
-            self.loaded[name] = vicugna.load(str(folder), device=str(self.ranks.device))
-            if name != START and self.loaded[name].digest != self.output(name):
+            self.loaded[key] = vicugna.load(str(folder), device=key[1])
+            if name != START and self.loaded[key].digest != self.output(name):
                 raise VicugnaError("the checkpoint is not the one this stage made", str(folder),
                                    "Restore it, or delete the stage's folder to make it again")
-        return self.loaded[name]
+        return self.loaded[key]
 
     def tokenizer(self, name: str) -> Tokenizer:
         """The tokenizer of the model that training stage `name` starts from."""
@@ -113,7 +114,7 @@ class Run:
     @cached_property
     def start_tokenizer(self) -> Tokenizer:
         """The tokenizer of the checkpoint START; VicugnaError if it has none."""
-        if found := self.model(START).tokenizer:
+        if found := self.model(START, "meta").tokenizer:
             return found
         raise VicugnaError("the checkpoint has no tokenizer", str(self.recipe.model.start),
                            "Add its tokenizer files")
@@ -282,9 +283,9 @@ def _make_tokenizer(run: Run, stage: TokenizerSpec, path: Path) -> Result:
 def _train(run: Run, stage: TrainSpec | RlSpec, path: Path) -> Result:
     before, seed = run.recipe.model_before(stage.name), _seed(run, stage)
     if before is None:
-        model = training.start(run.recipe.model, run.tokenizer(stage.name), seed, run.ranks)
+        model = training.new_model(run.recipe.model, run.tokenizer(stage.name))
     else:
-        model = run.model(before)
+        model = run.model(before, "meta")
         run.loaded.clear()  # training changes it
     return training.train_stage(model, stage, seed, path, run.folder / "tokens", stage.name,
                                 run.ranks, run.recipe.date)

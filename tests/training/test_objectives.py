@@ -177,6 +177,8 @@ def test_flops_are_near_what_torch_counts(kind: str, shape: dict[str, int]) -> N
 def test_memory_says_what_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     net = network()
     fits = cost.training_memory(net, 8, 16, 4)
+    assert cost.training_memory(net, 8, 16, 4, shards=2) < fits - 7 * sum(
+        p.numel() for p in net.parameters())
     monkeypatch.setattr(cost, "available_memory", lambda: fits)
     cost.check_memory(net, 8, 16, 4, "pretrain")
     with pytest.raises(VicugnaError, match=r"1000000 rows of 16 tokens.*micro_rows to \d+") as e:
@@ -184,5 +186,8 @@ def test_memory_says_what_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = int(e.value.fix.split("micro_rows to ")[1].split(",")[0])
     assert 4 <= rows <= 8
     monkeypatch.setattr(cost, "available_memory", lambda: 1000)
+    with pytest.raises(VicugnaError, match="million parameters"):
+        cost.check_memory(net, 4, 16, 4, "pretrain")
+    monkeypatch.setattr(cost, "available_memory", lambda: cost.training_memory(net, 0, 16, 4) + 9)
     with pytest.raises(VicugnaError, match="Even one row does not fit"):
         cost.check_memory(net, 4, 16, 4, "pretrain")

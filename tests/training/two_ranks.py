@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from kit import batch, network, spec, stopping_at
 from torch import nn
+from torch.distributed.tensor import DTensor
 
-from vicugna import tokenizer
-from vicugna.checkpoint import digest
+from vicugna import checkpoint, models, tokenizer
+from vicugna.checkpoint import Checkpoint
 from vicugna.distributed import Ranks, process_group
 from vicugna.files import write_json
 from vicugna.training import cost, parallel, rollouts
@@ -29,8 +30,8 @@ ADAMW = {"kind": "adamw", "learning_rate": 0.01}
 MIXED = {"num_experts": 4, "num_experts_per_tok": 2}
 WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "ddp": (MIXED, {}), "fsdp": ({}, {"parallel": "fsdp", "optimiser": ADAMW}),
-    "untied": ({"tie_word_embeddings": False}, {"parallel": "fsdp", "optimiser": ADAMW,
-                                                "precision": "bf16"})}
+    "untied": ({**MIXED, "tie_word_embeddings": False}, {
+        "parallel": "fsdp", "optimiser": ADAMW, "precision": "bf16"})}
 
 
 def validated(ranks: Ranks, module: nn.Module, step: int) -> dict[str, float]:
@@ -41,13 +42,19 @@ def validated(ranks: Ranks, module: nn.Module, step: int) -> dict[str, float]:
 
 def trained(way: str, folder: Path, ranks: Ranks, stop: int = 99) -> None:
     shape, how = WAYS[way]
-    net = network(**shape)
+    with torch.device("meta"):
+        net = models.build(network(**shape).config.to_dict())
     share = partial(batch, rank=ranks.rank, world=ranks.world)
     train(net, next_token, stopping_at(stop, share), spec(**how), folder, way, ranks,
-          partial(validated, ranks))
-    whole = parallel.whole(net)
-    if ranks.first:
-        write_json(folder / "digest.json", digest(whole.state_dict(), {}, None, {}))
+          partial(validated, ranks), models.initial_values(net, 0))
+    digest = parallel.save(Checkpoint(net), folder / "checkpoint", ranks)
+    write_json(folder / f"digest-{ranks.rank}.json", digest)
+    ranks.wait()
+    saved = checkpoint.read(folder / "checkpoint")
+    assert digest == (saved.digest if ranks.first else "")
+    for name, tensor in net.state_dict().items():
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        assert torch.equal(full, saved.network.state_dict()[name]), name
 
 
 def reinforced(folder: Path, ranks: Ranks) -> None:

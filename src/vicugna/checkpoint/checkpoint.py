@@ -1,8 +1,8 @@
 """A checkpoint in memory: a network, its tokenizer, and what came with them."""
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vicugna.checkpoint.digest import digest
 from vicugna.checkpoint.hf import directory
 from vicugna.checkpoint.state_dict import named_tensors
+from vicugna.checkpoint.stored import Stored
 from vicugna.checkpoint.survey import default_generation_config
 from vicugna.tokenizer import Tokenizer
 
@@ -22,6 +23,9 @@ class Origin:
     `config` is config.json as it was read, `files` the contents of the files of `tokenizer`,
     `passthrough` the tensors that the network does not compute with, by name. `check` raises
     VicugnaError for values that are not finite in weights that were not looked at yet.
+
+    Of a network read onto the meta device, `stream` gives the parameters and buffers one by one,
+    and `stored` all tensors by their names in files, each read when it is asked for.
     """
 
     config: dict[str, Any]
@@ -29,6 +33,8 @@ class Origin:
     files: dict[str, bytes]
     passthrough: dict[str, Tensor]
     check: Callable[[], None] = lambda: None
+    stream: Callable[[], Iterator[tuple[str, Tensor]]] | None = None
+    stored: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Checkpoint:
@@ -50,11 +56,13 @@ class Checkpoint:
         """The network's frozen Config; its fields are the keys of config.json."""
         return self.network.config
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> Mapping[str, Tensor]:
         """All that was loaded, by its names in a checkpoint's files and without copies.
         VicugnaError for values that are not finite, of what was loaded and not looked at yet."""
         if self.origin is None:
             return named_tensors(self.network)
+        if next(self.network.parameters()).is_meta:
+            return self.origin.stored
         self.origin.check()
         return named_tensors(self.network) | self.origin.passthrough
 
@@ -64,7 +72,9 @@ class Checkpoint:
         something was replaced or a weight was trained."""
         tensors = self.tensors()
         more = self.tokenizer, dict(self.generation_config)
-        state = [(tensor.data_ptr(), tensor._version) for tensor in tensors.values()], more
+        held = [*self.network.state_dict().values(),
+                *(self.origin.passthrough.values() if self.origin else ())]
+        state = [(tensor.data_ptr(), tensor._version) for tensor in held], more
         if self._digest is None or self._digest[0] != state:
             self._digest = state, digest(tensors, self.config.to_dict(), *more)
         return self._digest[1]
@@ -75,14 +85,16 @@ class Checkpoint:
         other.network, other._digest = network, None
         return other
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, tensors: Mapping[str, Tensor | Stored] | None = None
+             ) -> None:
         """Write a Hugging Face directory, whole or not at all; loading it gives this digest.
 
+        `tensors`, by their names in files, stand for those of a network that is not in memory.
         config.json keeps the keys of the original that are not modelled here, and the tokenizer's
         files stay as they were. Raises VicugnaError, also for a folder which holds anything that
         is not of a checkpoint.
         """
-        tensors, origin = self.tensors(), self.origin
+        tensors, origin = self.tensors() if tensors is None else tensors, self.origin
         dtype = next(self.network.parameters()).dtype
         config, files = self.config.to_dict(), {}
         if origin is None:

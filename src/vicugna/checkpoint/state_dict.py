@@ -7,7 +7,7 @@ config.json alone does not say what the files hold, `meant(config, stored)` corr
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from vicugna.checkpoint import names
 from vicugna.checkpoint.names import Names
 from vicugna.checkpoint.stored import Mapped, Stored, broken, short
 from vicugna.errors import VicugnaError
+from vicugna.files import disk_errors
 
 LAYERS, EXPERTS = 400, 2**16  # more would only take time, or memory
 AT_ONCE = 2**28  # bytes of weights; looking at all values of more takes most of the time to load
@@ -64,40 +65,18 @@ class _Undrawn(TorchFunctionMode):
 def fill(network: Any, stored: Mapping[str, Stored], dtype: torch.dtype | None,
          device: torch.device, where: str | Path
          ) -> tuple[dict[str, Tensor], Callable[[], None]]:
-    """Load the tensors straight into a network that has no memory yet.
+    """Load the tensors straight into a network on the meta device, as `values` gives them.
 
-    Parameters become `dtype`; None keeps what is stored. Returns the pass-through tensors, as they
+    Returns the pass-through tensors, as they
     are stored, on the CPU; and what raises VicugnaError for values that are not finite in large
     weights that stay mapped: when the network first runs this is called, and it is to be called
     before it is saved or digested, which have to read the weights anyway.
     VicugnaError where names or shapes do not fit, and for values that are not finite elsewhere.
     """
-    state, tied = network.state_dict(), _ties(network)
-    made_of, extras = _parts(network, state, tied, stored, where)
     mapped = Mapped(later=sum(part.nbytes for part in stored.values()) > AT_ONCE)
-    parameters = {name for name, _ in network.named_parameters(remove_duplicate=False)}
-    kinds = {part.kind for name in made_of.keys() & parameters for part in made_of[name]}
-    if dtype is None and len(kinds) > 1:
-        raise VicugnaError(f"its weights are stored as {' and '.join(sorted(map(str, kinds)))}",
-                           str(where), "Load it as one of them: dtype='float32' or 'bfloat16'")
-    tensors: dict[str, Tensor] = {}
-    for name in sorted(made_of, key=lambda name: (made_of[name][0].file, made_of[name][0].begin)):
-        those = made_of[name]  # in the order of the disk
-        kind = (dtype or those[0].kind) if name in parameters else state[name].dtype
-        tensors[name] = mapped.read(those, state[name].shape, kind, device)
-    for name in tied.keys() & tensors.keys():
-        if not torch.equal(tensors.pop(name), tensors[tied[name]]):
-            raise VicugnaError(f"{name} differs from the embeddings, but the config ties them",
-                               str(where), "Set tie_word_embeddings to false in it")
-    modules = dict(network.named_modules())
-    for name, tensor in tensors.items():
-        owner, _, last = name.rpartition(".")
-        setattr(modules[owner], last, nn.Parameter(tensor) if name in parameters else tensor)
-    for name, other in tied.items():
-        owner, _, last = name.rpartition(".")
-        setattr(modules[owner], last, network.get_parameter(other))
+    place(network, dict(values(network, stored, dtype, device, where, mapped)))
     passthrough = {name: mapped.read([part], part.shape, part.kind, torch.device("cpu"))
-                   for name, part in extras.items()}
+                   for name, part in parts(network, stored, where)[1].items()}
     network.eval()
     if mapped.unchecked:
         def first_run(*_: Any) -> None:
@@ -107,11 +86,62 @@ def fill(network: Any, stored: Mapping[str, Stored], dtype: torch.dtype | None,
     return passthrough, mapped.check
 
 
+def values(network: Any, stored: Mapping[str, Stored], dtype: torch.dtype | None,
+           device: torch.device, where: str | Path, mapped: Mapped) -> Iterator[tuple[str, Tensor]]:
+    """The network's parameters (of tied ones one) and buffers by name, each read by `mapped` when
+    its turn comes, in the order of the disk.
+
+    Parameters become `dtype`; None keeps what is stored. VicugnaError where names or shapes do not
+    fit, and for values that are not finite.
+    """
+    state, tied = network.state_dict(), ties(network)
+    made_of, _ = _parts(network, state, tied, stored, where)
+    parameters = {name for name, _ in network.named_parameters(remove_duplicate=False)}
+    kinds = {part.kind for name in made_of.keys() & parameters for part in made_of[name]}
+    if dtype is None and len(kinds) > 1:
+        raise VicugnaError(f"its weights are stored as {' and '.join(sorted(map(str, kinds)))}",
+                           str(where), "Load it as one of them: dtype='float32' or 'bfloat16'")
+
+    def read(name: str) -> Tensor:
+        kind = (dtype or made_of[name][0].kind) if name in parameters else state[name].dtype
+        return mapped.read(made_of[name], state[name].shape, kind, device)
+
+    for name in sorted(made_of, key=lambda name: (made_of[name][0].file, made_of[name][0].begin)):
+        if name not in tied:
+            yield name, read(name)
+        elif not torch.equal(read(name), read(tied[name])):
+            raise VicugnaError(f"{name} differs from the embeddings, but the config ties them",
+                               str(where), "Set tie_word_embeddings to false in it")
+
+
+def streamed(network: Any, stored: Mapping[str, Stored], dtype: torch.dtype | None,
+             where: str | Path) -> Iterator[tuple[str, Tensor]]:
+    """`values` on the CPU, each of which is valid until the next one is asked for."""
+    mapped = Mapped()
+    with disk_errors(where):
+        for name, tensor in values(network, stored, dtype, torch.device("cpu"), where, mapped):
+            yield name, tensor
+            mapped.forget(tensor)
+
+
+def place(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Let `tensors` be the parameters and buffers of a network; tied ones stay tied."""
+    modules, parameters = dict(network.named_modules()), dict(network.named_parameters())
+    tied = ties(network)
+    for name, tensor in tensors.items():
+        owner, _, last = name.rpartition(".")
+        setattr(modules[owner], last, nn.Parameter(tensor, parameters[name].requires_grad)
+                if name in parameters else tensor)
+    for name, other in tied.items():
+        owner, _, last = name.rpartition(".")
+        setattr(modules[owner], last, network.get_parameter(other))
+
+
 def parts(network: Any, stored: Mapping[str, Stored], where: str | Path
           ) -> tuple[dict[str, Stored], dict[str, Stored]]:
     """The tensors that `network` is made of (of tied ones one), and extra ones, by their names.
     VicugnaError where names or shapes do not fit."""
-    tied = _ties(network)
+    tied = ties(network)
     made_of, extras = _parts(network, network.state_dict(), tied, stored, where)
     return {part.name: part for name, those in made_of.items() if name not in tied
             for part in those}, extras
@@ -144,14 +174,16 @@ def _parts(network: Any, state: Mapping[str, Tensor], tied: Mapping[str, str],
 def named_tensors(network: Any) -> dict[str, Tensor]:
     """The network's parameters (tied ones once, stacked ones in their pieces) and buffers, by
     their names in a checkpoint's files and without copies."""
-    tied, naming = _ties(network), names_of(network)
-    result: dict[str, Tensor] = {}
-    for name, tensor in network.state_dict().items():
-        if name not in tied:
-            parts = naming.of_experts(name, len(tensor)) or [name]
-            views = tensor.reshape(len(parts), *_shape(tensor, name, parts))
-            result |= dict(zip(parts, views, strict=True))
-    return result
+    tied, state = ties(network), network.state_dict()
+    return {part: view for name, tensor in state.items() if name not in tied
+            for part, view in split(network, name, tensor).items()}
+
+
+def split(network: Any, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """A parameter in the pieces that files hold of it, by their names; itself if it is whole."""
+    parts = names_of(network).of_experts(name, len(tensor) if tensor.dim() else 0) or [name]
+    views = tensor.reshape(len(parts), *_shape(tensor, name, parts))
+    return dict(zip(parts, views, strict=True))
 
 
 def names_of(network: Any) -> Names:
@@ -159,7 +191,7 @@ def names_of(network: Any) -> Names:
     return names.of(network.config.to_dict()["model_type"])
 
 
-def _ties(network: nn.Module) -> dict[str, str]:
+def ties(network: nn.Module) -> dict[str, str]:
     """Names of parameters that are only another name of an earlier one, and that one's."""
     first: dict[int, str] = {}
     every = network.named_parameters(remove_duplicate=False)

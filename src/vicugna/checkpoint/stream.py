@@ -1,4 +1,4 @@
-"""The digest of a checkpoint on disk, in the memory of a few of its tensors."""
+"""The tensors of a checkpoint on disk, and its digest, in the memory of a few of them."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vicugna.checkpoint import state_dict
 from vicugna.checkpoint.digest import digest
-from vicugna.checkpoint.stored import Mapped, Stored
+from vicugna.checkpoint.stored import Mapped
 from vicugna.checkpoint.survey import Survey
 from vicugna.files import disk_errors
 from vicugna.progress import Report
@@ -22,26 +22,30 @@ def digest_stored(network: Any, found: Survey, report: Report) -> str | None:
     tensor's number and name. VicugnaError where names or shapes do not fit and for values that
     are not finite.
     """
-    parts, extras = state_dict.parts(network, found.stored, found.folder)
+    parts, _ = state_dict.parts(network, found.stored, found.folder)
     buffers = dict(network.named_buffers())
-    kinds = {name: buffers[name].dtype if name in buffers else part.kind
-             for name, part in (parts | extras).items()}
-    if len({kinds[name] for name in parts.keys() - buffers.keys()}) > 1:
+    if len({part.kind for name, part in parts.items() if name not in buffers}) > 1:
         return None
     with disk_errors(found.folder):
-        tensors = _Stream(network, parts | extras, kinds, report)
+        tensors = StoredTensors(network, found, None, report)
         return digest(tensors, network.config.to_dict(), found.tokenizer, found.generation_config)
 
 
-class _Stream(Mapping[str, Tensor]):
-    """As `state_dict.named_tensors` of the loaded network; each is read when it is asked for."""
+class StoredTensors(Mapping[str, Tensor]):
+    """What `Checkpoint.tensors` gives of a loaded network, whose parameters become `dtype` (None
+    keeps what is stored); each is read when it is asked for."""
 
-    def __init__(self, network: Any, parts: Mapping[str, Stored],
-                 kinds: Mapping[str, torch.dtype], report: Report) -> None:
-        self._parts, self._kinds, self._report, self._done = parts, kinds, report, 0
+    def __init__(self, network: Any, found: Survey, dtype: torch.dtype | None,
+                 report: Report = lambda done, name: None) -> None:
+        parts, extras = state_dict.parts(network, found.stored, found.folder)
+        buffers = dict(network.named_buffers())
+        self._kinds = {name: buffers[name].dtype if name in buffers else dtype or part.kind
+                       for name, part in parts.items()}
+        self._kinds |= {name: part.kind for name, part in extras.items()}
+        self._parts, self._report, self._done = parts | extras, report, 0
         # Experts that files hold stacked are named apart, as they are of a network.
         naming = state_dict.names_of(network)
-        self._places = {name: (whole, n, len(names)) for whole, part in parts.items()
+        self._places = {name: (whole, n, len(names)) for whole, part in self._parts.items()
                         for names in [naming.of_experts(whole, part.shape[0] if part.shape else 0)
                                       or [whole]]
                         for n, name in enumerate(names)}

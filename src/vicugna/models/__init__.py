@@ -1,13 +1,13 @@
 """The networks, one file per architecture, each named after its Hugging Face `model_type`."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vicugna.errors import VicugnaError, did_you_mean
 
@@ -39,7 +39,16 @@ def build(config: Mapping[str, Any]) -> nn.Module:
 
 
 def initialise(network: nn.Module, seed: int) -> None:
-    """Fill every parameter from `seed`, the same bytes on every machine.
+    """Set every parameter to its `initial_values`."""
+    parameters = dict(network.named_parameters())
+    with torch.no_grad():
+        for name, value in initial_values(network, seed):
+            parameters[name].copy_(value)
+
+
+def initial_values(network: nn.Module, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """Each parameter's first value by name, float32 on the CPU, one after the other: the same bytes
+    for a `seed` on every machine, and for a network on the meta device or sharded.
 
     Matrices: normal with `initializer_range`; those that write into the residual stream divided
     by sqrt(2 * layers) (GPT-2's rule). Norms: one. Biases and convolutions: zero. SSMax's scale:
@@ -48,16 +57,16 @@ def initialise(network: nn.Module, seed: int) -> None:
     config: Any = network.config
     generator = torch.Generator().manual_seed(seed)
     residual = 1 / math.sqrt(2 * config.num_hidden_layers)
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            owner, kind = name.split(".")[-2:]
-            if kind == "log_scale":
-                parameter.fill_(0.5)
-            elif kind == "bias" or owner == "conv":
-                parameter.zero_()
-            elif "norm" in owner:
-                parameter.fill_(1.0)
-            else:
-                share = residual if "o_proj" in name or "down_proj" in name else 1.0
-                drawn = torch.randn(parameter.shape, generator=generator)
-                parameter.copy_(drawn * (config.initializer_range * share))
+    for name, parameter in network.named_parameters():
+        owner, kind = name.split(".")[-2:]
+        shape = tuple(parameter.shape)
+        if kind == "log_scale":
+            yield name, torch.full(shape, 0.5)
+        elif kind == "bias" or owner == "conv":
+            yield name, torch.zeros(shape)
+        elif "norm" in owner:
+            yield name, torch.ones(shape)
+        else:
+            scale = residual if "o_proj" in name or "down_proj" in name else 1.0
+            drawn = torch.randn(shape, generator=generator)
+            yield name, drawn.mul_(config.initializer_range * scale)

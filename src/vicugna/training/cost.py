@@ -33,34 +33,28 @@ def matmul_rate(precision: str, device: torch.device) -> float:
     return 2.0 * 1024 * 2048 * 2048 / min(seconds)
 
 
-def training_memory(network: nn.Module, rows: int, length: int, element: int) -> int:
-    """Estimated bytes of one step: float32 weights, gradients and two moments; and activations:
-    per token and layer about 16 widths and 4 feed-forward widths of `element` bytes each."""
+def training_memory(network: nn.Module, rows: int, length: int, element: int, shards: int = 1
+                    ) -> int:
+    """Estimated bytes of one step: float32 weights, gradients and two moments, of which there is
+    one of `shards` here; and activations: per token and layer about 16 widths and 4 feed-forward
+    widths of `element` bytes each."""
     config: Any = network.config
-    parameters = sum(p.numel() for p in network.parameters())
-    kept = config.num_hidden_layers * (16 * config.hidden_size + 4 * config.intermediate_size)
-    return parameters * 16 + rows * length * kept * element
+    per_token = config.num_hidden_layers * (16 * config.hidden_size + 4 * config.intermediate_size)
+    parameters = _counts(json.dumps(config.to_dict())).total
+    return parameters * 16 // shards + rows * length * per_token * element
 
 
-def check_size(config: dict[str, Any]) -> None:
-    """Raise VicugnaError when a new network of `config` could not be trained in this memory."""
-    D, heads = config["hidden_size"], config["num_attention_heads"]
-    attention = 2 * D * D * (1 + config["num_key_value_heads"] / heads)
-    feed_forward = 3 * D * config["intermediate_size"] * max(1, config.get("num_experts", 0))
-    parameters = config["num_hidden_layers"] * (attention + feed_forward) + (
-        config["vocab_size"] * D * (1 if config["tie_word_embeddings"] else 2))
-    free = available_memory()
-    if parameters * 16 > free:
-        raise VicugnaError(
-            f"a network of {parameters / 1e6:,.0f} million parameters needs about "
-            f"{parameters / 2**26:,.1f} GiB to train and {free / 2**30:.1f} GiB are free, "
-            f"enough for {free / 16e6:,.0f} million", "model", "Lower model.depth or model.width")
-
-
-def check_memory(network: nn.Module, rows: int, length: int, element: int, where: str) -> None:
+def check_memory(network: nn.Module, rows: int, length: int, element: int, where: str,
+                 shards: int = 1) -> None:
     """Raise VicugnaError, saying what would fit, when a step would not fit in memory."""
     free = available_memory()
-    none, one, needed = (training_memory(network, n, length, element) for n in (0, 1, rows))
+    none, one, needed = (training_memory(network, n, length, element, shards)
+                         for n in (0, 1, rows))
+    if none > free:
+        raise VicugnaError(
+            f"a network of {none * shards / 16e6:,.0f} million parameters needs about "
+            f"{none / 2**30:,.1f} GiB to train and {free / 2**30:.1f} GiB are free, enough for "
+            f"{free * shards / 16e6:,.0f} million", where, "Lower model.depth or model.width")
     fits = (free - none) // (one - none)
     if fits < rows:
         raise VicugnaError(

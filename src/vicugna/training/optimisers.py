@@ -5,12 +5,13 @@ import math
 import torch
 from torch import nn
 
+from vicugna.training.muon import Muon
 from vicugna.training.recipe import OptimiserSpec
 
 
 def build(network: nn.Module, spec: OptimiserSpec) -> list[torch.optim.Optimizer]:
-    """The optimisers of `spec`, torch's own: AdamW alone, or Muon (Jordan et al., 2024) for the
-    layers' 2-D projections with AdamW for embeddings, norms, convolutions and scales."""
+    """The optimisers of `spec`: AdamW alone, or Muon for the layers' 2-D projections with AdamW
+    for embeddings, norms, convolutions and scales."""
     matrices = {name: p for name, p in network.named_parameters()
                 if spec.kind == "muon" and p.ndim == 2 and "_proj" in name}
     rest = [p for name, p in network.named_parameters() if name not in matrices]
@@ -19,8 +20,8 @@ def build(network: nn.Module, spec: OptimiserSpec) -> list[torch.optim.Optimizer
     optimisers: list[torch.optim.Optimizer] = [torch.optim.AdamW(
         groups, lr=spec.learning_rate, betas=(spec.beta1, spec.beta2), fused=True)]
     if matrices:
-        optimisers.append(torch.optim.Muon(
-            matrices.values(), lr=spec.muon_learning_rate, weight_decay=spec.weight_decay))
+        optimisers.append(Muon(matrices.values(), lr=spec.muon_learning_rate,
+                               weight_decay=spec.weight_decay))
     return optimisers
 
 

@@ -1,46 +1,47 @@
 """One training stage: the model it starts from, what it is trained with, and what it leaves."""
 
 from datetime import date as Date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import vicugna
+import torch
+
 from vicugna import models
 from vicugna.distributed import Ranks
 from vicugna.model import Model
 from vicugna.tokenizer import Tokenizer
-from vicugna.training import cost, parallel, rollouts, supervised
-from vicugna.training.objectives import policy_gradient
+from vicugna.training import parallel, rollouts, supervised
+from vicugna.training.objectives import next_token, policy_gradient
 from vicugna.training.recipe import ModelSpec, RlSpec, TrainSpec
-from vicugna.training.trainer import train
+from vicugna.training.trainer import Batches, train
 
 
-def start(spec: ModelSpec, tokenizer: Tokenizer, seed: int, ranks: Ranks) -> Model:
-    """The model that a recipe's first training stage starts from: the checkpoint `spec.start`, or
-    a new network."""
-    if spec.start is not None:
-        return vicugna.load(spec.start)
-    config = spec.config(tokenizer.vocab_size)
-    if ranks.device.type == "cpu":
-        cost.check_size(config)
-    network = models.build(config)
-    models.initialise(network, seed)
-    return Model(network, tokenizer)
+def new_model(spec: ModelSpec, tokenizer: Tokenizer) -> Model:
+    """The model of a recipe that starts from no checkpoint, its network on the meta device."""
+    with torch.device("meta"):
+        return Model(models.build(spec.config(tokenizer.vocab_size)), tokenizer)
 
 
 def train_stage(model: Model, spec: TrainSpec | RlSpec, seed: int, folder: Path, cache: Path,
                 name: str, ranks: Ranks, date: Date) -> tuple[str, dict[str, Any]]:
-    """Train `model` by `spec` and save it as folder/checkpoint; its digest ("" on all ranks but
-    the first), and what it cost. `date` is the day that a chat template may ask for."""
+    """Train `model` by `spec` and save it as folder/checkpoint: its digest ("" on all ranks but the
+    first), and what it cost. `date` is the day that a chat template may ask for.
+
+    A network on the meta device gets the values of the checkpoint that it was read from, or if
+    there is none, is initialised from `seed`."""
     network, tok = model.network, model.tokenizer
     assert tok is not None
+    batch_of: Batches
+    values = validate = None
+    if next(network.parameters()).is_meta:
+        values = (model.origin.stream() if model.origin and model.origin.stream else
+                  models.initial_values(network, seed))
     if isinstance(spec, RlSpec):
-        spent = train(network, policy_gradient,
-                      lambda step: rollouts.rollout(network, tok, spec, seed, step, ranks, date),
-                      spec, folder, name, ranks)
+        objective, batch_of = policy_gradient, partial(
+            rollouts.rollout, network, tok, spec, seed, ranks=ranks, date=date)
     else:
-        spent = supervised.from_data(network, tok, spec, seed, folder, cache, name, ranks, date)
-    trained = model.with_network(parallel.whole(network))
-    if ranks.first:
-        trained.save(folder / "checkpoint")
-    return trained.digest if ranks.first else "", spent
+        objective = next_token
+        batch_of, validate = supervised.batches(network, tok, spec, seed, cache, name, ranks, date)
+    cost = train(network, objective, batch_of, spec, folder, name, ranks, validate, values)
+    return parallel.save(model, folder / "checkpoint", ranks), cost

@@ -16,22 +16,23 @@ from vicugna.errors import VicugnaError
 from vicugna.tokenizer import Tokenizer
 from vicugna.training import cost
 from vicugna.training.batch import TrainingBatch, padding
-from vicugna.training.objectives import next_token
 from vicugna.training.recipe import TrainSpec
-from vicugna.training.trainer import Validate, train
+from vicugna.training.trainer import Batches, Validate
 
 
-def from_data(network: nn.Module, tokenizer: Tokenizer, spec: TrainSpec, seed: int, folder: Path,
-              cache: Path, where: str, ranks: Ranks, date: Date | None = None
-              ) -> dict[str, Any]:
-    """Train on `spec.sources`: next-token loss, a mean over the step's targets on all ranks.
-    `date` is the day that a chat template may ask for. Returns trainer.train's cost."""
+def batches(network: nn.Module, tokenizer: Tokenizer, spec: TrainSpec, seed: int, cache: Path,
+            where: str, ranks: Ranks, date: Date | None = None
+            ) -> tuple[Batches, Validate | None]:
+    """This rank's batch of each step from `spec.sources`, for objectives.next_token as a mean over
+    the step's targets on all ranks; and the validation, if there is one. `date` is the day that a
+    chat template may ask for. VicugnaError for what cannot be trained."""
     config: Any = network.config
     check_length(spec.sequence_length, config.context_length, where)
     if ranks.device.type == "cpu":
         rows = spec.micro_rows or -(-spec.rows // ranks.world)
         element = 2 if spec.precision == "bf16" else 4
-        cost.check_memory(network, rows, spec.sequence_length, element, where)
+        cost.check_memory(network, rows, spec.sequence_length, element, where,
+                          ranks.world if spec.parallel == "fsdp" else 1)
     opened = partial(data.open_stream, spec.sources, tokenizer, spec.sequence_length, seed, cache,
                      pad=padding(tokenizer, network), date=date)
     stream, prefetched = opened(), None
@@ -48,8 +49,7 @@ def from_data(network: nn.Module, tokenizer: Tokenizer, spec: TrainSpec, seed: i
         batch.norm = max(1.0, ranks.total(batch.norm)[0])
         return batch
 
-    validate = _validation(opened("dev"), spec, ranks) if spec.validation_rows else None
-    return train(network, next_token, batch_of, spec, folder, where, ranks, validate)
+    return batch_of, _validation(opened("dev"), spec, ranks) if spec.validation_rows else None
 
 
 def warn_of_plain_text(stream: Stream, where: str, folder: Path) -> None:

@@ -1,14 +1,14 @@
 """The one training loop: texts, chats and policy gradients differ in batches and objective."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from vicugna import progress
@@ -26,23 +26,25 @@ from vicugna.training.recipe import StageSpec
 
 Batches = Callable[[int], TrainingBatch]
 Validate = Callable[[nn.Module, int], dict[str, float]]
+Values = Iterable[tuple[str, Tensor]]
 
 
 def train(network: nn.Module, objective: Objective, batch_of: Batches, spec: StageSpec,
-          folder: Path, where: str, ranks: Ranks, validate: Validate | None = None
-          ) -> dict[str, Any]:
+          folder: Path, where: str, ranks: Ranks, validate: Validate | None = None,
+          values: Values | None = None) -> dict[str, Any]:
     """Train `network` in place for `spec.steps` steps, resuming from `folder`/state if it is there.
 
     `batch_of(step)` must be a pure function of the step and the network's weights, so that a run
     killed anywhere ends in the same bytes. `validate(module, step)` gives further metrics after a
-    step; `module` is the Loss as wrapped for the ranks. Returns the cost. Raises VicugnaError when
-    the loss stays non-finite.
+    step; `module` is the Loss as wrapped for the ranks. `values` are the parameters and buffers of
+    a network on the meta device. Returns the cost. Raises VicugnaError when the loss stays
+    non-finite.
     """
-    network.to(ranks.device).train()
+    network.train()
     for name, parameter in network.named_parameters():
         if name.startswith(IMAGES):  # texts never reach them
             parameter.requires_grad_(False)
-    module = parallel.wrap(Loss(network, objective, spec.precision), spec, ranks)
+    module = parallel.place(Loss(network, objective, spec.precision), spec, ranks, values)
     opts = optimisers.build(network, spec.optimiser)
     done = state.load(folder, module, opts, ranks)
     rate = cost.matmul_rate(spec.precision, ranks.device) * ranks.world
