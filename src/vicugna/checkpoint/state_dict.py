@@ -8,7 +8,6 @@ config.json alone does not say what the files hold, `meant(config, stored)` corr
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +158,7 @@ def _parts(network: Any, state: Mapping[str, Tensor], tied: Mapping[str, str],
               if name not in extras and not name.endswith("rotary_emb.inv_freq")}
     for name, other in tied.items():  # safetensors' save_model keeps the head of the two
         if name in stored and other not in stored:
-            stored[other] = replace(stored.pop(name), name=other)
+            stored[other] = stored.pop(name).renamed(other)
     made_of: dict[str, list[str]] = {}
     for name, tensor in state.items():
         if name in stored or name not in tied:

@@ -4,14 +4,16 @@ An FP8 tensor is stored with a float32 factor for each block of it, as DeepSeek 
 weights (arXiv 2412.19437, section 3.3).
 """
 
+import ctypes
 import math
 import mmap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vicugna.errors import VicugnaError
@@ -34,7 +36,12 @@ class Stored:
     shape: tuple[int, ...]
     scale: "Stored | None" = None
     block: tuple[int, int] = (1, 1)
+    key: str | None = None  # its name in the file, where that is another
     load: Callable[[], Tensor] | None = field(default=None, compare=False)
+
+    def renamed(self, name: str) -> "Stored":
+        """The same tensor by another name."""
+        return replace(self, name=name, key=self.key or self.name)
 
     @property
     def nbytes(self) -> int:
@@ -65,14 +72,16 @@ def short(name: str) -> str:
 
 
 class Mapped:
-    """Private mappings of safetensors files, by which their tensors are read.
+    """Private mappings of files, by which their tensors are read: by safetensors, and for other
+    files by PyTorch. Both map without a copy, but neither gives pages back: see `forget`.
 
     Values that are not finite raise VicugnaError when they are read; with `later`, those of
     tensors that stay mapped are not looked at before `check` is called.
     """
 
     def __init__(self, later: bool = False) -> None:
-        self._files: dict[Path, tuple[mmap.mmap, int]] = {}  # each with its address
+        self._files: dict[Path, Any] = {}  # safetensors' handles, or bytes
+        self._addresses: dict[Path, range] = {}
         self._later = later
         self.unchecked: list[tuple[Tensor, Stored]] = []
 
@@ -89,19 +98,27 @@ class Mapped:
             return stored.load()
         if not stored.nbytes:
             return torch.empty(stored.shape, dtype=stored.dtype)
-        if stored.file not in self._files:
-            with open(stored.file, "rb") as file:
-                mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-            begin = torch.frombuffer(mapping, dtype=torch.uint8, count=1).data_ptr()
-            self._files[stored.file] = mapping, begin
         try:
-            flat = torch.frombuffer(self._files[stored.file][0], dtype=torch.uint8,
-                                    count=stored.nbytes, offset=stored.begin)
-        except ValueError as error:
-            raise broken(f"cannot be read: {error}", stored.where) from error
-        if stored.begin % stored.dtype.itemsize:  # not aligned to its elements
-            flat = flat.clone()
-        return flat.view(stored.dtype).view(stored.shape)
+            tensor = self._mapped(stored)
+        except (SafetensorError, RuntimeError) as error:
+            raise broken(f"cannot be read: {str(error).splitlines()[0]}", stored.where) from error
+        return tensor.clone() if tensor.data_ptr() % tensor.itemsize else tensor  # if not aligned
+
+    def _mapped(self, stored: Stored) -> Tensor:
+        file, size = stored.file, stored.file.stat().st_size
+        if file.suffix == ".safetensors":
+            if file not in self._files:
+                self._files[file] = safe_open(file, "pt")
+            tensor = self._files[file].get_tensor(stored.key or stored.name)
+        else:
+            if file not in self._files:
+                storage: Any = torch.UntypedStorage.from_file(str(file), shared=False, nbytes=size)
+                self._files[file] = torch.empty(0, dtype=torch.uint8).set_(storage)
+            flat = self._files[file][stored.begin : stored.begin + stored.nbytes]
+            tensor = torch.frombuffer(flat.numpy(), dtype=stored.dtype).view(stored.shape)
+        address = tensor.data_ptr() - stored.begin
+        self._addresses[file] = range(address, address + size)
+        return tensor
 
     def read(self, parts: Sequence[Stored], shape: Sequence[int], dtype: torch.dtype,
              device: torch.device) -> Tensor:
@@ -131,11 +148,11 @@ class Mapped:
     def forget(self, tensor: Tensor) -> None:
         """Let the system have the memory of a mapped tensor, or of a part of its rows, that is no
         longer used. Nothing happens to other tensors."""
-        for mapping, address in self._files.values():
-            begin = tensor.data_ptr() - address
-            if 0 <= begin < len(mapping):
-                page = begin // mmap.PAGESIZE * mmap.PAGESIZE
-                mapping.madvise(mmap.MADV_DONTNEED, page, begin + tensor.nbytes - page)
+        begin = tensor.data_ptr()
+        if any(begin in addresses for addresses in self._addresses.values()):
+            page = begin // mmap.PAGESIZE * mmap.PAGESIZE
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(page), ctypes.c_size_t(
+                begin + tensor.nbytes - page), mmap.MADV_DONTNEED)
 
 
 def _dequantise(place: Tensor, weight: Tensor, scale: Tensor, block: tuple[int, int]) -> None:

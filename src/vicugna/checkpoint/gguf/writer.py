@@ -55,7 +55,7 @@ def text_part(found: Survey, tensors: Mapping[str, Stored]) -> tuple[Survey, dic
     inside = {name.removeprefix("language_model."): tensor for name, tensor in tensors.items()
               if name.startswith("language_model.")}
     return (replace(found, config=keys.text_config(found.config)),
-            {name: replace(tensor, name=name) for name, tensor in inside.items()})
+            {name: tensor.renamed(name) for name, tensor in inside.items()})
 
 
 def write(path: Path, found: Survey, tensors: Mapping[str, Stored], dtype: str | None,

@@ -114,7 +114,7 @@ def unwrapped(stored: Mapping[str, Stored]) -> dict[str, Stored]:
         if LORA.search(new):
             raise VicugnaError("a LoRA adapter that was not merged into the weights",
                                stored[name].where, foreign.MERGE)
-    found = {new: stored[name] if new == name else replace(stored[name], name=new)
+    found = {new: stored[name] if new == name else stored[name].renamed(new)
              for name, new in names.items()}
     if len(found) < len(stored):
         raise broken("with the wrappers' names taken off, some tensors have the same name",
