@@ -20,8 +20,8 @@ from vicugna.training.recipe import TrainSpec
 from vicugna.training.trainer import Batches, Validate
 
 
-def batches(network: nn.Module, tokenizer: Tokenizer, spec: TrainSpec, seed: int, cache: Path,
-            where: str, ranks: Ranks, date: Date | None = None
+def batches(network: nn.Module, tokenizer: Tokenizer, spec: TrainSpec, seed: int, folder: Path,
+            cache: Path, where: str, ranks: Ranks, date: Date | None = None
             ) -> tuple[Batches, Validate | None]:
     """This rank's batch of each step from `spec.sources`, for objectives.next_token as a mean over
     the step's targets on all ranks; and the validation, if there is one. `date` is the day that a
