@@ -79,19 +79,29 @@ def _with_marks(tok: tokenizer.Tokenizer, reply: str) -> list[int]:
     return [*ids, *tok.encode(answer if closed else reply), tok.eos_ids[-1]]
 
 
+def under(prefix: str, app: Any) -> Any:
+    """The application as a proxy shows it that has it under a path."""
+    async def proxy(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            assert scope["path"].startswith(prefix), scope["path"]
+            scope = {**scope, "path": scope["path"][len(prefix):]}
+        await app(scope, receive, send)
+    return proxy
+
+
 @contextmanager
-def serving(model: Model, **options: Any) -> Iterator[SimpleNamespace]:
+def serving(model: Model, prefix: str = "", **options: Any) -> Iterator[SimpleNamespace]:
     """Serve `model` as "tiny" in a thread; yields its url and port."""
     bound = socket.create_server(("127.0.0.1", 0))
     port = bound.getsockname()[1]
     app = create_app(model, "tiny", **{"hosts": LOCAL_NAMES, **options})
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="on",
+    server = uvicorn.Server(uvicorn.Config(under(prefix, app), log_level="error", lifespan="on",
                                            timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
     thread.start()
     wait_until(lambda: server.started)
     try:
-        yield SimpleNamespace(url=f"http://127.0.0.1:{port}", port=port, model=model)
+        yield SimpleNamespace(url=f"http://127.0.0.1:{port}{prefix}", port=port, model=model)
     finally:
         server.should_exit = True
         thread.join(timeout=30)

@@ -40,7 +40,7 @@ def page_of(browser: Any, reply: str, context: int = 4096, **options: Any) -> It
         page.on("console", lambda message: problems.append(message.text)
                 if "Content Security Policy" in message.text else None)
         page.live = live
-        page.goto(live.url)
+        page.goto(f"{live.url}/")
         if "api_key" not in options:
             page.locator("#model", has_text="tiny").wait_for()
         yield page
@@ -157,3 +157,10 @@ def test_settings_reach_the_server_and_a_key_is_asked_for(browser: Any) -> None:
                                                             "content": "Be brief."}
         finished(page)
         assert "Cut off" in page.locator("article.assistant .foot").inner_text()
+
+
+def test_works_under_a_path_of_a_proxy(browser: Any) -> None:
+    with page_of(browser, "Hello from below.", prefix="/models/chat") as page:
+        send(page, "Hi")
+        finished(page)
+        assert page.locator(".assistant .text").inner_text() == "Hello from below."

@@ -158,22 +158,6 @@ def test_api_key_guards_everything_but_the_page_and_health() -> None:
         assert httpx.get(f"{live.url}/health").json() == {"status": "ok"}
 
 
-def test_other_hosts_and_other_sites_are_refused(live: SimpleNamespace) -> None:
-    def status(**headers: str) -> int:
-        return httpx.get(f"{live.url}/v1/models", headers=headers).status_code
-
-    for host in ("localhost", f"127.0.0.1:{live.port}", "[::1]:80", "LOCALHOST:1"):
-        assert status(host=host) == 200
-    for host in ("evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "", "[::1"):
-        assert status(host=host) == 403
-    assert status(host="localhost:9", origin="http://localhost:9") == 200
-    for origin in ("http://evil.example", "null", "http://localhost:9"):
-        assert status(origin=origin) == 403
-    answer = httpx.get(f"{live.url}/health")
-    assert "access-control-allow-origin" not in answer.headers
-    assert answer.headers["x-content-type-options"] == "nosniff"
-
-
 def test_short_request_overtakes_a_long_one(live: SimpleNamespace) -> None:
     """Both run at once: the second ends while the first is still answering."""
     steps = itertools.count()

@@ -17,15 +17,22 @@ def serve(
     name: Annotated[str | None, typer.Option(help="Model id; default: MODEL's name.")] = None,
     api_key: Annotated[str | None, typer.Option(
         envvar="VICUGNA_API_KEY", help="API key; required beyond loopback.")] = None,
+    origin: Annotated[list[str] | None, typer.Option(
+        help="Public origin of a proxy in front, such as https://chat.example.org. Repeatable."
+    )] = None,
     dtype: output.Dtype = "float32",
     device: output.Device = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object when ready.")] = False,
 ) -> None:
     """Serve MODEL over HTTP: OpenAI's API under /v1, and a chat page at /."""
     from vicugna.model import load  # PyTorch takes seconds to import: not for --help
+    from vicugna.server.guard import public_origins
     from vicugna.server.listen import bind, check_exposure, run
 
     check_exposure(host, api_key)
+    origins = public_origins(origin or ())
+    if origins and api_key is None:
+        output.say(f"No API key is set: whoever reaches {', '.join(sorted(origins))} can use it.")
     with bind(host, port) as bound:  # first, so that a taken port is known at once
         loaded = load(model, dtype, device)
         shown = name or Path(model).resolve().name
@@ -36,4 +43,4 @@ def serve(
             print(f"Serving {shown}: chat at {url}, OpenAI API at {url}/v1. Ctrl-C stops.",
                   file=sys.stderr, flush=True)
 
-        run(loaded, shown, bound, host, api_key, ready)
+        run(loaded, shown, bound, host, api_key, origins, ready)

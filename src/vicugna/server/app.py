@@ -156,7 +156,7 @@ def _as_api_error(error: Exception) -> ApiError:
     if isinstance(error, VicugnaError):
         return ApiError(500, f"{error}.")
     if isinstance(error, HTTPException):
-        return ApiError(error.status_code, f"{error.detail}.")
+        return ApiError(error.status_code, f"{error.detail}.", headers=error.headers)
     return ApiError(500, "Internal server error; the server's log has the traceback.")
 
 
@@ -191,7 +191,7 @@ def _page() -> Response:
 
 
 def create_app(model: Model, name: str, hosts: frozenset[str] | None = None,
-               api_key: str | None = None) -> FastAPI:
+               api_key: str | None = None, origins: frozenset[str] = frozenset()) -> FastAPI:
     """The ASGI application serving `model` under the id `name`.
 
     `hosts` are the names accepted in the Host header (None: any); with `api_key`, every path but
@@ -209,11 +209,12 @@ def create_app(model: Model, name: str, hosts: frozenset[str] | None = None,
     for kind in (ApiError, VicugnaError, HTTPException, Exception):
         app.add_exception_handler(kind, lambda _, error: _as_api_error(error).response())
     app.state.worker = server.worker
-    app.add_middleware(Guard, hosts=hosts, api_key=api_key)
+    app.add_middleware(Guard, hosts=hosts, api_key=api_key, origins=origins)
 
-    app.get("/")(lambda: page)
-    app.get("/health")(lambda: {"status": "ok"})
-    app.get("/v1/models")(lambda: {"object": "list", "data": [server.card]})
-    app.get("/v1/models/{name:path}")(server.find)
+    get = partial(app.api_route, methods=["GET", "HEAD"])
+    get("/")(lambda: page)
+    get("/health")(lambda: {"status": "ok"})
+    get("/v1/models")(lambda: {"object": "list", "data": [server.card]})
+    get("/v1/models/{name:path}")(server.find)
     app.post("/v1/chat/completions")(server.complete)
     return app

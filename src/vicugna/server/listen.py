@@ -58,14 +58,14 @@ class _Server(uvicorn.Server):
 
 
 def run(model: Model, name: str, bound: socket.socket, host: str, api_key: str | None,
-        ready: Callable[[str], None]) -> None:
+        origins: frozenset[str], ready: Callable[[str], None]) -> None:
     """Serve on `bound` until SIGINT or SIGTERM; running requests get `DRAIN_SECONDS` to finish.
 
     `ready(url)` is called just before requests are accepted.
     """
     shown = f"[{host}]" if ":" in host else host
     hosts = LOCAL_NAMES | {shown.lower()} if is_loopback(host) else None
-    config = uvicorn.Config(create_app(model, name, hosts, api_key), log_level="warning",
+    config = uvicorn.Config(create_app(model, name, hosts, api_key, origins), log_level="warning",
                             access_log=False, server_header=False, ws="none", proxy_headers=False,
                             timeout_graceful_shutdown=DRAIN_SECONDS + 5)
     # uvicorn re-raises the signal once it has shut down.

@@ -1,13 +1,14 @@
 """OpenAI's formats. A parameter that would change the response is never silently ignored."""
 
-import difflib
 import secrets
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from vicugna.engine import Delta, Sampling
+from vicugna.errors import did_you_mean
 from vicugna.tokenizer import Tokenizer
 
 MAX_SEED = 2**63 - 1
@@ -30,16 +31,16 @@ class ApiError(Exception):
     """An error response: HTTP status, message, and OpenAI's `param` and `code`."""
 
     def __init__(self, status: int, message: str, param: str | None = None,
-                 code: str | None = None) -> None:
+                 code: str | None = None, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
         kind = "invalid_request_error" if status < 500 else "server_error"
+        self.headers = {"WWW-Authenticate": "Bearer"} if status == 401 else headers
         self.status, self.body = status, {
             "error": {"message": message, "type": kind, "param": param, "code": code}}
 
     def response(self) -> JSONResponse:
         """The error as an HTTP response."""
-        headers = {"WWW-Authenticate": "Bearer"} if self.status == 401 else None
-        return JSONResponse(self.body, self.status, headers)
+        return JSONResponse(self.body, self.status, self.headers)
 
 
 Text = Annotated[str, Field(pattern=r"^[^\x00]*$")]
@@ -167,9 +168,8 @@ def parse(body: bytes) -> ChatRequest:
     param = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in first["loc"])
     param, message = param.lstrip("."), first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(param, ChatRequest.model_fields, 1)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
-        raise ApiError(400, f"Unknown parameter: '{param}'.{hint}", param, "unknown_parameter")
+        hint = did_you_mean(param, ChatRequest.model_fields)
+        raise ApiError(400, f"Unknown parameter: '{param}'. {hint}", param, "unknown_parameter")
     where = f"'{param}'" if param else "request"
     raise ApiError(400, f"Invalid {where}: {message}.", param or None, "invalid_value")
 
