@@ -26,9 +26,9 @@ class ContextExceeded(VicugnaError):
 
 @dataclass(frozen=True)
 class Generation:
-    """What a model said: `text` as it came; `reasoning`, what stands inside <think>, if anything;
-    `logprobs` of the `tokens` under the model's own distribution; "stop" or "length"; `usage`
-    counts prompt_tokens, completion_tokens and total_tokens."""
+    """A completion: its `text`; the `reasoning` inside <think>, if any; its `tokens` and their
+    `logprobs` under the model's own distribution; `finish_reason`, "stop" or "length"; and `usage`:
+    prompt_tokens, completion_tokens and total_tokens."""
 
     text: str
     reasoning: str | None
@@ -88,13 +88,13 @@ class Model(checkpoint.Checkpoint):
 
     def generate(self, prompt: Prompt, **settings: Any) -> Generation:
         """Continue or answer a prompt (see `read`). `settings` are engine.Sampling's:
-        max_new_tokens=64, temperature=0.0 (the likeliest token), seed=0, top_k, top_p, min_p, stop.
+        max_new_tokens=64, temperature=0.0 (greedy), seed=0, top_k, top_p, min_p, stop.
         VicugnaError without a tokenizer, for an impossible setting, for a prompt too long."""
         sampling, tokenizer = _sampling(settings), self.text_tokenizer()
-        tokens, seen = self.read(prompt)
-        done = engine.generate(self.network, tokenizer, [tokens], sampling, images=[seen])[0]
-        read, said = len(tokens), len(done.tokens)
-        usage = {"prompt_tokens": read, "completion_tokens": said, "total_tokens": read + said}
+        tokens, images = self.read(prompt)
+        done = engine.generate(self.network, tokenizer, [tokens], sampling, images=[images])[0]
+        usage = {"prompt_tokens": len(tokens), "completion_tokens": len(done.tokens),
+                 "total_tokens": len(tokens) + len(done.tokens)}
         reasoning, _ = chat.parse_reply(tokenizer, done.tokens, tokens)
         return Generation(done.text, reasoning, done.tokens, done.logprobs, done.finish_reason,
                           usage)
@@ -102,14 +102,14 @@ class Model(checkpoint.Checkpoint):
     def stream(self, prompt: Prompt, **settings: Any) -> Iterator[Delta]:
         """As `generate`, token by token; the last delta has a finish_reason. Errors come now."""
         sampling, tokenizer = _sampling(settings), self.text_tokenizer()
-        tokens, seen = self.read(prompt)
-        return engine.stream(self.network, tokenizer, tokens, sampling, images=seen)
+        tokens, images = self.read(prompt)
+        return engine.stream(self.network, tokenizer, tokens, sampling, images=images)
 
     def read(self, prompt: Prompt) -> tuple[list[int], Tensor | None]:
         """Tokens of a text to continue (after the beginning-of-text token), or of a list of
-        {"role", "content"} messages to answer, through the chat template; and the tiles of the
-        pictures in it, as `logits` takes them, None if it has none. A content may be parts such as
-        {"type": "text", "text": "..."} and, for a model that sees, {"type": "image", "image" (of
+        {"role", "content"} messages to answer, through the chat template; and the tiles of its
+        images, as `logits` takes them, None without images. A content may be parts such as
+        {"type": "text", "text": "..."} and, for a vision model, {"type": "image", "image" (of
         Pillow), "path", or "url" (data:)}."""
         tokenizer = self.text_tokenizer()
         if isinstance(prompt, str):

@@ -99,10 +99,10 @@ def vicugna(data: st.DataObject, c: Config) -> Sizes:
     c |= {"num_experts": E, "num_experts_per_tok": k, "global_every": every,
           "conv_width": data.draw(st.integers(1, 5))}
     D, F, L = c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"]
-    seeing_all = sum(n % every == every - 2 for n in range(L)) * c["num_attention_heads"]
+    global_layers = sum(n % every == every - 2 for n in range(L)) * c["num_attention_heads"]
     layer = grouped(c) + c["conv_width"] * D + 2 * c["head_dim"]
     total, active = repeat(c, layer, mixture(D, F, E, k) if E else (swiglu(D, F),) * 2)
-    return total + seeing_all, active + seeing_all
+    return total + global_layers, active + global_layers
 
 
 def deepseek_v3(data: st.DataObject, c: Config) -> Sizes:
@@ -222,25 +222,26 @@ def test_stated_sizes(name: str) -> None:
     ("mistral-7b", 2 * 32 * 8 * 128, 0),
     ("llama-4-scout", 2 * 48 * 8 * 128, 12),
     ("deepseek-v3", 61 * (512 + 64), 61)])
-def test_what_a_cache_holds(name: str, kept: int, full: int) -> None:
+def test_cache_elements(name: str, kept: int, full: int) -> None:
     """All layers grow up to their window; only those that see everything grow on."""
     made = known(name)
-    assert made.cached(100) == kept * 100
+    assert made.cache_elements(100) == kept * 100
     layers = len(made.layers)
-    assert made.cached(2_000_000) - made.cached(1_000_000) == kept // layers * full * 1_000_000
+    growth = made.cache_elements(2_000_000) - made.cache_elements(1_000_000)
+    assert growth == kept // layers * full * 1_000_000
 
 
 @settings(max_examples=30, deadline=None)
 @given(tokens=st.integers(1, 60), reach=st.integers(1, 20), chunked=st.booleans())
-def test_keys_seen(tokens: int, reach: int, chunked: bool) -> None:
-    """As many as `Dense` lets attention see, averaged over the tokens of a sequence."""
+def test_mean_keys(tokens: int, reach: int, chunked: bool) -> None:
+    """As many as `Dense` attends to, averaged over the tokens of a sequence."""
     span = Span(chunk=reach) if chunked else Span(window=reach)
-    layer = counts.LayerCost(span, flops=1, remembered_flops=1, kept=1)
-    q = torch.zeros(1, tokens, 1, 2)  # equal scores: the weight of each key is 1 / keys seen
+    layer = counts.LayerCost(span, flops=1, cached_flops=1, cache_elements=1)
+    q = torch.zeros(1, tokens, 1, 2)  # equal scores: the weight of each key is 1 / number of keys
     values = torch.eye(tokens)[None, :, None]
     weights = Dense()(0, q, q, values, span)[0, :, 0]
-    seen = sum(1 / row[row > 0].max().item() for row in weights)
-    assert layer.seen(tokens) == pytest.approx(seen / tokens)
+    total = sum(1 / row[row > 0].max().item() for row in weights)
+    assert layer.mean_keys(tokens) == pytest.approx(total / tokens)
 
 
 @pytest.mark.parametrize("config", [
@@ -248,7 +249,7 @@ def test_keys_seen(tokens: int, reach: int, chunked: bool) -> None:
     {"model_type": "deepseek_v3", "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4,
      "v_head_dim": 4, "q_lora_rank": 8, "n_routed_experts": 4, "n_group": 2, "topk_group": 1,
      "num_experts_per_tok": 2, "moe_intermediate_size": 8, "first_k_dense_replace": 1}])
-def test_notes_equal_what_the_engine_keeps(config: Config) -> None:
+def test_cache_elements_are_those_of_the_engine(config: Config) -> None:
     """The engine's cache grows by what was counted, token for token."""
     config = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3,
               "num_attention_heads": 4, "sliding_window": 512, **config}
@@ -260,7 +261,7 @@ def test_notes_equal_what_the_engine_keeps(config: Config) -> None:
         network(tokens, torch.arange(7)[None], cache)
     held = sum(part[:, :, : layer.filled].numel()
                for layer in cache._layers.values() for part in layer.buffers)
-    assert held == made.cached(7)
+    assert held == made.cache_elements(7)
 
 
 def test_flops_are_two_a_parameter_and_attention() -> None:
@@ -274,9 +275,9 @@ def test_flops_are_two_a_parameter_and_attention() -> None:
 def test_experts_read_by_a_batch() -> None:
     """One token reads its own; many read all."""
     made = known("mixtral-8x7b")
-    assert made.read(1) == pytest.approx(made.multiplied)
-    assert made.read(1000) == pytest.approx(made.multiplied + made.routed * (1 - made.share))
-    assert made.read(1) < made.read(2) < made.read(16) < made.read(1000)
+    one, two, some, many = map(made.weights_read, (1, 2, 16, 1000))
+    assert one == pytest.approx(made.multiplied) and one < two < some < many
+    assert many == pytest.approx(made.multiplied + made.routed * (1 - made.share))
 
 
 @pytest.mark.parametrize(("changes", "said"), [

@@ -145,7 +145,7 @@ def test_the_image_encoder_is_counted(changes):
     {"vision_config": {**EYES, "hidden_size": 0}},
     {"vision_config": EYES, "spatial_merge_size": None}])
 def test_impossible_image_encoders_are_named(images):
-    with pytest.raises(VicugnaError, match="of the image encoder"):
+    with pytest.raises(VicugnaError, match="of the vision encoder"):
         models.build({"model_type": "mistral3", "text_config": TEXT, **images})
 
 

@@ -147,7 +147,8 @@ def test_the_bias_chooses_and_never_weighs():
     class Named(Balanced):
         bias_name = "e_score_correction_bias"
 
-    router = Named(4)
+    router = Named()
+    router.add_bias(4)
     assert list(router.state_dict()) == ["e_score_correction_bias"]
     router.train()
     router.count(torch.tensor([[0, 1], [0, 2], [0, 1]]))

@@ -92,7 +92,7 @@ class Plan:
 
     def cache(self, tokens: int, dtype: str) -> int:
         """Bytes of one sequence's KV cache: bf16, or fp32 with fp32 weights."""
-        return self.counts.cached(tokens) * (4 if dtype == "fp32" else 2)
+        return self.counts.cache_elements(tokens) * (4 if dtype == "fp32" else 2)
 
     def gpus(self, dtype: str) -> int:
         """The smallest number of GPUs that serves the batch with weights of `dtype`."""
@@ -122,7 +122,7 @@ class Plan:
     @cached_property
     def decode(self) -> Work:
         """Decode: a step yields a token per sequence and reads the weights once and all caches."""
-        moved = (self.counts.read(self.batch) * WEIGHT_BYTES[self.dtype]
+        moved = (self.counts.weights_read(self.batch) * WEIGHT_BYTES[self.dtype]
                  + self.batch * self.cache(self.context, self.dtype)) / self.gpu.bandwidth
         flops = self.batch * self.counts.decode_flops(self.context) / self.gpu.peak(self.dtype)
         return self._work(max(moved, flops) / self.batch, self.gpus(self.dtype),

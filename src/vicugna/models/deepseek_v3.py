@@ -1,4 +1,4 @@
-"""DeepSeek V3 and R1: multi-head latent attention and a finely divided mixture of experts.
+"""DeepSeek V3 and R1: multi-head latent attention (MLA) and a fine-grained mixture of experts.
 
 DeepSeek-AI, arXiv 2412.19437 and 2501.12948. Parameter names are those of Hugging Face's
 DeepseekV3ForCausalLM, whose order of operations is followed where rounding could choose another
@@ -21,11 +21,12 @@ from vicugna.models.layers.mask import Span
 from vicugna.models.layers.mlp import SwiGLU
 from vicugna.models.layers.moe import Balanced, Experts
 from vicugna.models.layers.norm import RMSNorm
+from vicugna.models.llama import Layer
 
-LATENT_EPS = 1e-6  # of the norms of latents, whatever rms_norm_eps is
+LATENT_EPS = 1e-6  # of the norms of latents, whatever rms_norm_eps says
 ALIASES = {"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"}
-ONLY = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}  # what is built
-OFF = ("norm_topk_prob", "rope_interleave")  # when null
+ONLY = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}  # supported
+OFF = ("norm_topk_prob", "rope_interleave")  # null means false
 MAY_BE_ZERO = ("first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers")
 
 
@@ -43,7 +44,7 @@ class Config(Shape):
     num_hidden_layers: int = 61
     num_attention_heads: int = 128
     num_key_value_heads: int = 128
-    head_dim: int = 64  # what RoPE turns of a head
+    head_dim: int = 64  # the rotary part of a head
     max_position_embeddings: int = 4096
     rope_scaling: dict[str, Any] | None = None
     rope_interleave: bool = True
@@ -93,7 +94,7 @@ class Config(Shape):
                  "of equal size, two or more"),
                 ("topk_group", self.topk_group <= J, f"n_group is {J}"),
                 ("num_experts_per_tok", self.num_experts_per_tok <= E, f"n_routed_experts is {E}"),
-                *((name, getattr(self, name) in (None, value), f"only {value!r} is built")
+                *((name, getattr(self, name) in (None, value), f"only {value!r} is supported")
                   for name, value in ONLY.items())):
             if not fine:
                 raise VicugnaError(f"{name} is {getattr(self, name)!r}, but {fact}", "config.json",
@@ -108,18 +109,18 @@ class Config(Shape):
 
 class Attention(nn.Module):
     """Multi-head latent attention (arXiv 2405.04434, section 2.1): a token's keys and values are
-    made from one latent of R features. A head's query and key have C features of content and P that
-    RoPE turns; those of the key are the same for all heads. Values have U.
+    projected from one compressed latent of R features. A head's query and key have C features
+    without position and P rotary ones; the rotary key is shared by all heads. Values have U.
 
-    Two forms of one sum. Expanded, every head meets its own keys and values. Absorbed, the matrices
-    that would make them are applied to queries and results instead, and all heads meet the latent
-    with the turned features: R + P numbers a token are all there is to remember.
+    Two forms of the same result. Expanded, every head has its own keys and values. Absorbed, the
+    up-projections are applied to queries and outputs instead, and all heads attend to the latent
+    and the rotary key: the KV cache holds R + P numbers a token.
     """
 
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
         self.layer, self.span = layer, Span()
-        self.turn = rope.rotate_pairs if config.rope_interleave else rope.rotate
+        self.rotate = rope.rotate_pairs if config.rope_interleave else rope.rotate
         self.H, self.R, self.U = config.num_attention_heads, config.kv_lora_rank, config.v_head_dim
         self.C, self.P = config.qk_nope_head_dim, config.qk_rope_head_dim
         D, bias = config.hidden_size, config.attention_bias
@@ -147,7 +148,8 @@ class Attention(nn.Module):
         q_BTHC, q_BTHP = q.view(B, T, self.H, -1).split((self.C, self.P), dim=-1)
         latent_BTR, k_BTP = self.kv_a_proj_with_mqa(x_BTD).split((self.R, self.P), dim=-1)
         latent_BT1R = self.kv_a_layernorm(latent_BTR)[:, :, None]
-        q_BTHP, k_BT1P = self.turn(q_BTHP, *rotation), self.turn(k_BTP[:, :, None], *rotation)
+        q_BTHP = self.rotate(q_BTHP, *rotation)
+        k_BT1P = self.rotate(k_BTP[:, :, None], *rotation)
         form = self._absorbed if attend.has_kv_cache else self._expanded
         o_BTHU = form(q_BTHC, q_BTHP, latent_BT1R, k_BT1P, attend)
         return self.o_proj(o_BTHU.reshape(B, T, self.H * self.U))
@@ -162,25 +164,26 @@ class Attention(nn.Module):
 
     def _absorbed(self, q_BTHC: Tensor, q_BTHP: Tensor, latent_BT1R: Tensor, k_BT1P: Tensor,
                   attend: Attend) -> Tensor:
-        make_k_HCR, make_v_HUR = self.kv_b_proj.weight.unflatten(0, (self.H, -1)).split(
+        up_k_HCR, up_v_HUR = self.kv_b_proj.weight.unflatten(0, (self.H, -1)).split(
             (self.C, self.U), dim=1)
-        q_BTHR = torch.einsum("bthc,hcr->bthr", q_BTHC, make_k_HCR)
-        # `attend` divides by the root of this width, the sum asks for that of the expanded one.
+        q_BTHR = torch.einsum("bthc,hcr->bthr", q_BTHC, up_k_HCR)
+        # `attend` divides scores by the root of this width; that of the expanded form is due.
         scale = self.query_scale * ((self.R + self.P) / (self.C + self.P)) ** 0.5
         q = torch.cat((q_BTHR, q_BTHP), dim=-1) * scale
         k = torch.cat((latent_BT1R, k_BT1P), dim=-1)
         o_BTHR = attend(self.layer, q, k, None, self.span)[..., :self.R]
-        return torch.einsum("bthr,hur->bthu", o_BTHR, make_v_HUR)
+        return torch.einsum("bthr,hur->bthu", o_BTHR, up_v_HUR)
 
 
 class Router(Balanced):
-    """Which `num_experts_per_tok` experts a token uses, and how much each counts: section 2.1.2."""
+    """Group-limited top-k over biased sigmoid scores (arXiv 2412.19437, section 2.1.2)."""
 
     bias_name = "e_score_correction_bias"
     e_score_correction_bias: Tensor
 
     def __init__(self, config: Config) -> None:
-        super().__init__(config.n_routed_experts)
+        super().__init__()
+        self.add_bias(config.n_routed_experts)
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
 
@@ -189,14 +192,15 @@ class Router(Balanced):
         c = self.config
         with torch.autocast(x_ND.device.type, enabled=False):
             score_NE = F.linear(x_ND.float(), self.weight.float()).sigmoid()
-        # J groups compete with the sum of their two best; experts of the others are out.
-        appeal_NJe = (score_NE.detach() + self.e_score_correction_bias).unflatten(
+        # Group-limited top-k: of J groups of experts, scored by the sum of their two highest biased
+        # scores, only the best `topk_group` can be chosen from.
+        biased_NJe = (score_NE.detach() + self.e_score_correction_bias).unflatten(
             1, (c.n_group, -1))
-        group_NJ = appeal_NJe.topk(2, dim=-1).values.sum(-1)
-        kept_Nj = group_NJ.topk(c.topk_group, dim=-1, sorted=False).indices
-        out_NJ = torch.ones_like(group_NJ, dtype=torch.bool).scatter_(1, kept_Nj, False)
-        appeal_NE = appeal_NJe.masked_fill(out_NJ[:, :, None], float("-inf")).flatten(1)
-        chosen_Nk = appeal_NE.topk(c.num_experts_per_tok, dim=-1, sorted=False).indices
+        group_NJ = biased_NJe.topk(2, dim=-1).values.sum(-1)
+        groups_Nj = group_NJ.topk(c.topk_group, dim=-1, sorted=False).indices
+        masked_NJ = torch.ones_like(group_NJ, dtype=torch.bool).scatter_(1, groups_Nj, False)
+        biased_NE = biased_NJe.masked_fill(masked_NJ[:, :, None], float("-inf")).flatten(1)
+        chosen_Nk = biased_NE.topk(c.num_experts_per_tok, dim=-1, sorted=False).indices
         self.count(chosen_Nk)
         weight_Nk = score_NE.gather(1, chosen_Nk)
         if c.norm_topk_prob:
@@ -205,7 +209,7 @@ class Router(Balanced):
 
 
 class MoE(nn.Module):
-    """The chosen experts' sum, and that of the experts that every token shares."""
+    """The weighted sum of the routed experts, and the shared experts."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -220,20 +224,9 @@ class MoE(nn.Module):
         return routed_ND.view_as(x_BTD) + self.shared_experts(x_BTD)
 
 
-class Layer(nn.Module):
-    def __init__(self, config: Config, layer: int) -> None:
-        super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = (SwiGLU(config.hidden_size, config.intermediate_size)
-                    if layer < config.first_k_dense_replace else MoE(config))
-
-    def forward(self, x_BTD: Tensor, positions_BT: Tensor, rotation: tuple[Tensor, Tensor],
-                attend: Attend) -> Tensor:
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotation, attend)
-        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
-
-
 class Network(decoder.Network):
-    layer = Layer
+    @staticmethod
+    def layer(config: Config, n: int) -> Layer:
+        dense = n < config.first_k_dense_replace
+        return Layer(config, Attention(config, n), SwiGLU(
+            config.hidden_size, config.intermediate_size) if dense else MoE(config))

@@ -32,7 +32,7 @@ class Config(Shape):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with RoPE: `biases` says whether q, k and v have one, and o."""
+    """Grouped-query attention with RoPE. `biases`: whether q, k and v have one, and whether o."""
 
     def __init__(self, config: Shape, layer: int, span: Span = Span(),
                  biases: tuple[bool, bool] = (False, False)) -> None:
@@ -55,9 +55,9 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention, then a feed-forward, each of the normalised stream and added to it."""
+    """Pre-norm residual block: attention, then a feed-forward."""
 
-    def __init__(self, config: Shape, attention: Attention, mlp: nn.Module) -> None:
+    def __init__(self, config: Shape, attention: nn.Module, mlp: nn.Module) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = attention

@@ -1,9 +1,9 @@
 """Llama 4 Scout and Maverick: iRoPE, a mixture of experts with a shared one, and images.
 
-Most layers turn queries and keys by RoPE and see only their own chunk of positions; every fourth
-has no position embedding, sees everything, and sharpens its queries with the position (arXiv
-2501.19399), so that attention stays peaked over long contexts. Images enter early: features of
-vision.py stand in the text in place of the embeddings of image tokens.
+Most layers have RoPE and chunked attention; every fourth has no position embedding (NoPE), attends
+to everything, and scales its queries by a temperature that grows with the position (arXiv
+2501.19399), so that attention stays peaked over long contexts. Images are fused early: features of
+layers/vision.py replace the embeddings of image tokens.
 Parameter names are those of Hugging Face's Llama4ForConditionalGeneration, and of Llama4ForCausalLM
 (`model_type` "llama4_text"), whose text model is the same.
 """
@@ -17,12 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vicugna.errors import VicugnaError
+from vicugna.models import llama
 from vicugna.models.layers import decoder, rope
 from vicugna.models.layers.attention import Attend
 from vicugna.models.layers.config import Shape
 from vicugna.models.layers.mask import Span
 from vicugna.models.layers.mlp import SwiGLU
-from vicugna.models.layers.moe import routed
+from vicugna.models.layers.moe import Experts
 from vicugna.models.layers.norm import RMSNorm
 from vicugna.models.layers.vision import VisionConfig, VisionModel
 
@@ -33,10 +34,10 @@ IMAGE_KEYS = ("image_token_index", "boi_token_index", "eoi_token_index")
 @dataclass(frozen=True)
 class Config(Shape):
     """The keys of a Llama 4's config.json, with Hugging Face's defaults: those of `text_config`,
-    and beside them `vision_config` (None for a model of text alone) and the image tokens.
+    and beside them `vision_config` (None for a text-only model) and the image tokens.
 
-    Lists say of each layer whether it has RoPE (1) or not (0), what it sees, and which layers have
-    experts; without them, intervals do. `attention_chunk_size` None lets all layers see everything.
+    Lists say of each layer whether it has RoPE (1) or not (0), how it attends, and which layers
+    have experts; without them, intervals do. Without an `attention_chunk_size` all attend fully.
     """
 
     vocab_size: int = 202048
@@ -107,13 +108,13 @@ class Config(Shape):
             raise _wrong("moe_layers", self.moe_layers, "It must be a list of layers")
 
     def has_rope(self, layer: int) -> bool:
-        """Whether `layer` turns its queries and keys by their positions."""
+        """Whether `layer` has rotary position embedding."""
         if self.no_rope_layers:
             return bool(self.no_rope_layers[layer])
         return (layer + 1) % self.no_rope_layer_interval != 0
 
     def span(self, layer: int) -> Span:
-        """What `layer` may see: its chunk if it has RoPE, unless layer_types says otherwise."""
+        """How `layer` attends: in chunks if it has RoPE, unless layer_types says otherwise."""
         chunked = (self.layer_types[layer] == CHUNKED if self.layer_types
                    else self.has_rope(layer))
         return Span(chunk=self.attention_chunk_size if chunked else None)
@@ -141,21 +142,14 @@ def _wrong(name: str, value: Any, fix: str) -> VicugnaError:
     return VicugnaError(f"{name} is {value}", "config.json", fix)
 
 
-class Attention(nn.Module):
+class Attention(llama.Attention):
     def __init__(self, config: Config, layer: int) -> None:
-        super().__init__()
-        self.config, self.layer = config, layer
-        self.has_rope, self.span = config.has_rope(layer), config.span(layer)
-        self.H, self.G = config.num_attention_heads, config.num_key_value_heads
-        self.K = config.head_dim
-        D, bias = config.hidden_size, config.attention_bias
-        self.q_proj = nn.Linear(D, self.H * self.K, bias=bias)
-        self.k_proj = nn.Linear(D, self.G * self.K, bias=bias)
-        self.v_proj = nn.Linear(D, self.G * self.K, bias=bias)
-        self.o_proj = nn.Linear(self.H * self.K, D, bias=bias)
+        biases = config.attention_bias, config.attention_bias
+        super().__init__(config, layer, config.span(layer), biases)
+        self.config, self.has_rope = config, config.has_rope(layer)
 
-    def forward(self, x_BTD: Tensor, positions_BT: Tensor, rotation: tuple[Tensor, Tensor],
-                attend: Attend) -> Tensor:
+    def forward(self, x_BTD: Tensor, positions_BT: Tensor,  # type: ignore[override]
+                rotation: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         B, T, _ = x_BTD.shape
         q = self.q_proj(x_BTD).view(B, T, self.H, self.K)
         k = self.k_proj(x_BTD).view(B, T, self.G, self.K)
@@ -170,43 +164,29 @@ class Attention(nn.Module):
         return self.o_proj(attend(self.layer, q, k, v, self.span).reshape(B, T, self.H * self.K))
 
     def query_scale(self, positions_BT: Tensor) -> Tensor:
-        """Factor on the queries, float32 [B, T]: 1 up to position floor_scale - 2, then growing
-        with the logarithm of the position. A token's own position counts, not the padding before
-        it: hence a row says the same in every batch (transformers counts the padding too)."""
+        """The queries' temperature scale, float32 [B, T]: 1 up to position floor_scale - 2, then
+        growing with the logarithm of the position. Padding before a token does not count, so that
+        a row has the same logits in every batch (in transformers padding counts)."""
         floors = torch.floor((positions_BT.float() + 1) / self.config.floor_scale)
         return torch.log1p(floors) * self.config.attn_scale + 1
 
 
-class Experts(nn.Module):
-    """E SwiGLU experts of width F as files hold them: input before output, the transpose of
-    nn.Linear: gate_up_proj [E, D, 2F] and down_proj [E, F, D]."""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        E, D, F = config.num_local_experts, config.hidden_size, config.intermediate_size
-        self.gate_up_proj = nn.Parameter(torch.empty(E, D, 2 * F))
-        self.down_proj = nn.Parameter(torch.empty(E, F, D))
-
-    def forward(self, x_ND: Tensor, chosen_Nk: Tensor, weight_Nk: Tensor) -> Tensor:
-        gate_up_EFD, down_EDF = (w.transpose(1, 2) for w in (self.gate_up_proj, self.down_proj))
-        return routed(x_ND, chosen_Nk, weight_Nk, gate_up_EFD, down_EDF, weigh_input=True)
-
-
 class MoE(nn.Module):
-    """A shared expert for every token, and the `top_k` with the highest scores, each of which is
-    given the token times the sigmoid of its score."""
+    """A shared expert for every token, and the `top_k` experts with the highest logits, each
+    applied to the token times the sigmoid of its logit."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.top_k = config.num_experts_per_tok
         self.router = nn.Linear(config.hidden_size, config.num_local_experts, bias=False)
-        self.experts = Experts(config)
+        self.experts = Experts(config.hidden_size, config.intermediate_size,
+                               config.num_local_experts, transposed=True)
         self.shared_expert = SwiGLU(config.hidden_size, config.intermediate_size)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         x_ND = x_BTD.flatten(0, 1)
-        score_Nk, chosen_Nk = self.router(x_ND).topk(self.top_k, dim=-1)
-        routed_ND = self.experts(x_ND, chosen_Nk, score_Nk.float().sigmoid())
+        logit_Nk, chosen_Nk = self.router(x_ND).topk(self.top_k, dim=-1)
+        routed_ND = self.experts(x_ND, chosen_Nk, logit_Nk.float().sigmoid(), weigh_input=True)
         return (self.shared_expert(x_ND) + routed_ND).view_as(x_BTD)
 
 
@@ -232,7 +212,7 @@ class Text(decoder.Network):
     layer = Layer
 
 
-class Multimodal(decoder.AroundText):
+class Multimodal(decoder.Multimodal):
     """`hidden_BTD = network(tokens_BT, positions_BT, attend, images)`: text with images in it."""
 
     def __init__(self, config: Config, vision: VisionConfig) -> None:
@@ -252,7 +232,7 @@ class Multimodal(decoder.AroundText):
                 images: Tensor | None = None, features_MD: Tensor | None = None) -> Tensor:
         """As `decoder.Network`. `images` holds pixel values [tiles, 3, H, W] of all tiles in these
         tokens, row by row; their features, in order, replace the embeddings of the image tokens.
-        Who reads a prompt in parts gives each the `features_MD` of its own image tokens instead.
+        A chunk of a prompt (chunked prefill) takes the `features_MD` of its image tokens instead.
 
         Raises VicugnaError unless there are as many image tokens as features, or for tiles of a
         wrong size. Without either, image tokens keep their own embedding.
@@ -262,17 +242,17 @@ class Multimodal(decoder.AroundText):
         if features_MD is None:
             return self.language_model(tokens_BT, positions_BT, attend)
         index = self.config.image_token_index
-        stands_BT = tokens_BT == index
-        if (count := int(stands_BT.sum())) != len(features_MD):
+        is_image_BT = tokens_BT == index
+        if (count := int(is_image_BT.sum())) != len(features_MD):
             raise VicugnaError(f"{count} image tokens, but {len(features_MD)} features of tiles",
                                "images", f"Write token {index} once for each feature of a tile")
         decoder_ = self.language_model.model
         x_BTD = decoder_.embed_tokens(tokens_BT)
-        x_BTD = x_BTD.masked_scatter(stands_BT[:, :, None], features_MD.to(x_BTD.dtype))
-        return decoder_.above(x_BTD, positions_BT, attend)
+        x_BTD = x_BTD.masked_scatter(is_image_BT[:, :, None], features_MD.to(x_BTD.dtype))
+        return decoder_.from_embeddings(x_BTD, positions_BT, attend)
 
 
 def Network(config: Config) -> nn.Module:
-    """The network of `config`: with eyes if it has a `vision_config`."""
+    """The network of `config`: with a vision encoder if it has a `vision_config`."""
     vision = config.vision_config
     return Text(config) if vision is None else Multimodal(config, vision)

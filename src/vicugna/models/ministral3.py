@@ -1,4 +1,4 @@
-"""Ministral 3: a Mistral with YaRN whose queries sharpen with the position.
+"""Ministral 3: a Mistral with YaRN, and a query temperature that grows with the position.
 
 Parameter names are those of Hugging Face's Ministral3ForCausalLM; as published, it is the text
 model of a mistral3.
@@ -46,11 +46,11 @@ class Config(mistral.Config):
             value = (self.rope_scaling or {}).get(key)
             if not isinstance(value, int | float) or value <= 0:
                 raise VicugnaError(f"{key} of rope_parameters is {value!r}", "config.json",
-                                   "A Ministral 3 has a YaRN with this key")
+                                   "Ministral 3 needs YaRN with this key")
 
 
 class ScaledQueries:
-    """`attend` with queries times `scale_BT11`."""
+    """`attend` with queries times their temperature scale, `scale_BT11`."""
 
     def __init__(self, attend: Attend, scale_BT11: Tensor) -> None:
         self.attend, self.scale_BT11, self.has_kv_cache = attend, scale_BT11, attend.has_kv_cache
@@ -64,8 +64,8 @@ class ScaledQueries:
 
 
 class Layer(llama.Layer):
-    """Queries grow with the logarithm of how often the original context went before them (arXiv
-    2501.19399, as in Llama 4): 1 + beta * log(1 + floor(position / original))."""
+    """Queries are scaled by 1 + beta * log(1 + floor(position / original)), `original` being the
+    context before YaRN (arXiv 2501.19399, as in Llama 4)."""
 
     def __init__(self, config: mistral.Config, n: int) -> None:
         super().__init__(config, llama.Attention(config, n, config.spans()[n]),

@@ -1,4 +1,4 @@
-"""Mistral 7B, Nemo, Small and Ministral: a Llama whose attention may see a sliding window only.
+"""Mistral 7B, Nemo, Small and Ministral: a Llama whose attention may have a sliding window.
 
 Jiang et al., arXiv 2310.06825. Parameter names are those of Hugging Face's MistralForCausalLM and
 MinistralForCausalLM, which is the same network.
@@ -17,7 +17,7 @@ from vicugna.models.llama import Attention, Layer
 @dataclass(frozen=True)
 class Config(Shape):
     """The keys of a Mistral's config.json, with Hugging Face's defaults. `sliding_window` None
-    lets every layer see all; `layer_types`, where given, says which layers have the window."""
+    means full attention; `layer_types`, where given, says which layers have the window."""
 
     max_position_embeddings: int = 131072
     rope_scaling: dict[str, Any] | None = None
@@ -30,15 +30,15 @@ class Config(Shape):
         self.spans()
 
     def spans(self) -> list[Span]:
-        """What each layer sees."""
-        usual = "full_attention" if self.sliding_window is None else "sliding_attention"
-        kinds = self.layer_types or [usual] * self.num_hidden_layers
+        """How each layer attends."""
+        default = "full_attention" if self.sliding_window is None else "sliding_attention"
+        kinds = self.layer_types or [default] * self.num_hidden_layers
         return spans(kinds, self.sliding_window, self.num_hidden_layers)
 
     def to_dict(self) -> dict[str, Any]:
         """config.json's content."""
         values = asdict(self)
-        if self.layer_types is None:  # the bare key makes transformers take it for a Ministral
+        if self.layer_types is None:  # a null key makes transformers take it for a Ministral
             del values["layer_types"]
         return {"architectures": [f"{self.model_type.title()}ForCausalLM"], "hidden_act": "silu",
                 **values}

@@ -1,7 +1,7 @@
-"""Mistral Small 3.1 and 3.2, and Ministral 3 as published: the text model of one that sees.
+"""Mistral Small 3.1 and 3.2, and Ministral 3 as published: the text model of a vision model.
 
-Text is computed; the image encoder and its projector are kept as they are stored. Parameter names
-are those in the files of Hugging Face's Mistral3ForConditionalGeneration.
+Only text is computed; vision encoder and projector are passed through as they are stored. Parameter
+names are those in the files of Hugging Face's Mistral3ForConditionalGeneration.
 """
 
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ class Config(mistral.Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        kept(self)  # names what is wrong with them
+        vision_parameters(self)  # raises for impossible sizes
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -53,8 +53,8 @@ class Config(mistral.Config):
                 **asdict(self)["images"]}
 
 
-class Network(decoder.AroundText):
-    """As `decoder.Network`, of text alone."""
+class Network(decoder.Multimodal):
+    """As `decoder.Network`: text only."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -65,25 +65,25 @@ class Network(decoder.AroundText):
         return self.language_model(tokens_BT, positions_BT, attend)
 
 
-def kept(config: Config) -> int:
-    """Parameters of the image encoder (Pixtral, arXiv 2410.07073) and its projector, of which no
+def vision_parameters(config: Config) -> int:
+    """Parameters of the vision encoder (Pixtral, arXiv 2410.07073) and its projector, of which no
     network is made here; VicugnaError for impossible sizes. 0 without a `vision_config`."""
-    if (eyes := config.images.get("vision_config")) is None:
+    if (vision := config.images.get("vision_config")) is None:
         return 0
 
     def size(of: Any, key: str, default: int) -> int:
         number = of.get(key, default) if isinstance(of, Mapping) else None
         if type(number) is not int or number < 1:
-            raise VicugnaError(f"{key} of the image encoder is {number!r}", "config.json",
+            raise VicugnaError(f"{key} of the vision encoder is {number!r}", "config.json",
                                "Restore vision_config from the original checkpoint")
         return number
 
-    C, F = size(eyes, "hidden_size", 1024), size(eyes, "intermediate_size", 4096)
-    layers, D = size(eyes, "num_hidden_layers", 24), config.hidden_size
-    patch = size(eyes, "num_channels", 3) * size(eyes, "patch_size", 16) ** 2
+    C, F = size(vision, "hidden_size", 1024), size(vision, "intermediate_size", 4096)
+    layers, D = size(vision, "num_hidden_layers", 24), config.hidden_size
+    patch = size(vision, "num_channels", 3) * size(vision, "patch_size", 16) ** 2
     encoder = patch * C + C + layers * (4 * C * C + 3 * C * F + 2 * C)
-    seen = config.images.get("vision_feature_layer")
-    made_of = C * (len(seen) if isinstance(seen, list) else 1)
+    layers_used = config.images.get("vision_feature_layer")
+    width = C * (len(layers_used) if isinstance(layers_used, list) else 1)
     biases = 2 * D if config.images.get("multimodal_projector_bias") else 0
     merged = C * C * size(config.images, "spatial_merge_size", 2) ** 2
-    return encoder + C + merged + made_of * D + D * D + biases
+    return encoder + C + merged + width * D + D * D + biases

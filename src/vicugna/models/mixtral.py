@@ -22,10 +22,10 @@ from vicugna.models.llama import Attention
 @dataclass(frozen=True)
 class Config(Shape):
     """The keys of a Mixtral's config.json, with Hugging Face's defaults. `sliding_window` None
-    lets every layer see all.
+    means full attention.
 
-    Training adds `router_aux_loss_coef` times the balance loss of the routers. The noise that
-    other trainers give a router, `router_jitter_noise`, is kept for them and not used.
+    Training adds `router_aux_loss_coef` times the load-balancing loss of the routers. The noise of
+    `router_jitter_noise` is not applied; the key is written back.
     """
 
     max_position_embeddings: int = 131072

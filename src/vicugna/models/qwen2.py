@@ -17,8 +17,8 @@ from vicugna.models.llama import Attention, Layer
 class Config(Shape):
     """The keys of a Qwen2's config.json, with Hugging Face's defaults.
 
-    Every layer sees all; with `use_sliding_window`, those from `max_window_layers` on, or those
-    that `layer_types` names, see `sliding_window` positions.
+    Every layer has full attention; with `use_sliding_window`, those from `max_window_layers` on, or
+    those that `layer_types` names, have a sliding window.
     """
 
     max_position_embeddings: int = 32768
@@ -33,7 +33,7 @@ class Config(Shape):
         self.spans()
 
     def spans(self) -> list[Span]:
-        """What each layer sees."""
+        """How each layer attends."""
         window, layers = self.sliding_window if self.use_sliding_window else None, range(
             self.num_hidden_layers)
         kinds = self.layer_types or [

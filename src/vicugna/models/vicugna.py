@@ -1,10 +1,10 @@
 """Vicugna: Llama 4's iRoPE idea, done for long context.
 
-Most layers see a short sliding window through RoPE; a few global layers have no position
-embedding, so no position is out of distribution, and scale their queries by the logarithm of the
-number of visible keys (SSMax, arXiv 2501.19399), so that attention stays peaked however long the
-context. Queries and keys are normalised per head, and a short causal depthwise convolution mixes
-neighbouring tokens before attention, which lets one layer match a key and read what follows it
+Most layers have RoPE and a short sliding window; a few global layers have no position embedding
+(NoPE), so no position is out of distribution, and scale their queries by the logarithm of the
+number of keys (SSMax, arXiv 2501.19399), so that attention stays peaked however long the context.
+Queries and keys are normalised per head (QK norm), and a short causal depthwise convolution mixes
+neighbouring tokens before attention, so that one layer can match a key and read the token after it
 (see docs/log.md). The feed-forward is dense or a mixture of experts.
 """
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vicugna.errors import VicugnaError
+from vicugna.models import llama
 from vicugna.models.layers import decoder, rope
 from vicugna.models.layers.attention import Attend
 from vicugna.models.layers.config import Shape
@@ -50,7 +51,7 @@ class Config(Shape):
                                f"It must lie between 1 and num_experts ({self.num_experts})")
 
     def is_global(self, layer: int) -> bool:
-        """Whether `layer` sees every earlier position."""
+        """Whether `layer` attends to every earlier position."""
         return layer % self.global_every == self.global_every - 2
 
     def to_dict(self) -> dict[str, Any]:
@@ -58,25 +59,18 @@ class Config(Shape):
         return {"model_type": "vicugna", "architectures": ["VicugnaForCausalLM"], **asdict(self)}
 
 
-class Attention(nn.Module):
+class Attention(llama.Attention):
     def __init__(self, config: Config, layer: int) -> None:
-        super().__init__()
-        self.layer, self.is_global = layer, config.is_global(layer)
-        self.span = Span(None if self.is_global else config.sliding_window)
-        self.H, self.G = config.num_attention_heads, config.num_key_value_heads
-        self.K = config.head_dim
-        D = config.hidden_size
-        self.q_proj = nn.Linear(D, self.H * self.K, bias=False)
-        self.k_proj = nn.Linear(D, self.G * self.K, bias=False)
-        self.v_proj = nn.Linear(D, self.G * self.K, bias=False)
-        self.o_proj = nn.Linear(self.H * self.K, D, bias=False)
+        is_global = config.is_global(layer)
+        super().__init__(config, layer, Span(None if is_global else config.sliding_window))
+        self.is_global = is_global
         self.q_norm = RMSNorm(self.K, config.rms_norm_eps)
         self.k_norm = RMSNorm(self.K, config.rms_norm_eps)
         if self.is_global:
             self.log_scale = nn.Parameter(torch.empty(self.H))
 
-    def forward(self, x_BTD: Tensor, positions_BT: Tensor, rotation: tuple[Tensor, Tensor],
-                attend: Attend) -> Tensor:
+    def forward(self, x_BTD: Tensor, positions_BT: Tensor,  # type: ignore[override]
+                rotation: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         B, T, _ = x_BTD.shape
         q = self.q_norm(self.q_proj(x_BTD).view(B, T, self.H, self.K))
         k = self.k_norm(self.k_proj(x_BTD).view(B, T, self.G, self.K))
@@ -92,7 +86,7 @@ class Attention(nn.Module):
 class Layer(nn.Module):
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
-        self.layer, self.reach = layer, config.conv_width - 1
+        self.layer, self.conv_rows = layer, config.conv_width - 1
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.conv = CausalConv(config.hidden_size, config.conv_width)
         self.self_attn = Attention(config, layer)
@@ -103,7 +97,8 @@ class Layer(nn.Module):
     def forward(self, x_BTD: Tensor, positions_BT: Tensor, rotation: tuple[Tensor, Tensor],
                 attend: Attend) -> Tensor:
         h_BTD = self.input_layernorm(x_BTD)
-        h_BTD = self.conv(h_BTD, attend.conv_state(self.layer, h_BTD, self.reach), positions_BT)
+        state_BnD = attend.conv_state(self.layer, h_BTD, self.conv_rows)
+        h_BTD = self.conv(h_BTD, state_BnD, positions_BT)
         x_BTD = x_BTD + self.self_attn(h_BTD, positions_BT, rotation, attend)
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 

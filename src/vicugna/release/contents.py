@@ -16,6 +16,7 @@ from vicugna.errors import VicugnaError
 from vicugna.evals import Results, read_results
 from vicugna.files import digest_file, digest_of, read_json
 from vicugna.ledger import Attempt, attempts_in, lineage
+from vicugna.models import counts
 
 MANIFEST = "manifest.json"
 # What Git, the Hub's client and macOS put beside a release; nothing in it is ever loaded.
@@ -86,7 +87,7 @@ def card(release: Contents) -> str:
     template = Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8")
     return environment.from_string(template).render(
         about=release.about, model=release.model, recipe=release.recipe.strip(), weak=WEAK,
-        parameters=sum(p.numel() for p in release.model.network.parameters()),
+        parameters=counts.parameters(release.model.network),
         evaluations=[results for results, _ in release.evaluations],
         training=lineage(release.attempts, release.model.digest))
 

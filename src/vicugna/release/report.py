@@ -27,6 +27,7 @@ from vicugna.evals import PlannedItem, Results, Row, read_results
 from vicugna.evals.runner import make_item
 from vicugna.files import read_json, storage_error, write_text
 from vicugna.ledger import Ledger
+from vicugna.models import counts
 
 STAGE = re.compile(r"(\d+)-([A-Za-z][A-Za-z0-9_-]*)")
 LOSS = {"loss": "training", "validation_loss": "validation"}
@@ -139,7 +140,7 @@ def _network(folders: Sequence[Path]) -> dict[str, Any]:
     for config in filter(None, (_read(folder / "config.json") for folder in folders)):
         with torch.device("meta"):
             network = models.build(config)
-        return {**config, "parameters": sum(p.numel() for p in network.parameters())}
+        return {**config, "parameters": counts.parameters(network)}
     return {}
 
 

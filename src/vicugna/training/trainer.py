@@ -15,7 +15,7 @@ from vicugna import progress
 from vicugna.distributed import Ranks
 from vicugna.errors import VicugnaError
 from vicugna.memory import peak_memory, return_memory
-from vicugna.models.counts import IMAGES
+from vicugna.models.counts import VISION
 from vicugna.models.layers.moe import Balanced
 from vicugna.training import cost, optimisers, parallel, state
 from vicugna.training.batch import TrainingBatch
@@ -42,7 +42,7 @@ def train(network: nn.Module, objective: Objective, batch_of: Batches, spec: Sta
     """
     network.train()
     for name, parameter in network.named_parameters():
-        if name.startswith(IMAGES):  # texts never reach them
+        if name.startswith(VISION):  # texts never reach them
             parameter.requires_grad_(False)
     module = parallel.place(Loss(network, objective, spec.precision), spec, ranks, values)
     opts = optimisers.build(network, spec.optimiser)

@@ -1,4 +1,4 @@
-"""The keys that every architecture's config.json has, how they are read, and what they must be."""
+"""The keys that every architecture's config.json has, read and validated."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from vicugna.models.layers.mask import Span
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What an architecture's `Config` begins with; VicugnaError for impossible shapes."""
+    """The base of every architecture's `Config`; VicugnaError for impossible shapes."""
 
     vocab_size: int
     hidden_size: int
@@ -33,7 +33,7 @@ class Shape:
 
         `num_key_value_heads` and `head_dim` may be absent, as in older files; where there is a
         `rope_scaling`, RoPE's keys are read by `rope_keys`. Raises VicugnaError for missing keys,
-        wrong types, and switches that change the mathematics in ways not built.
+        wrong types, and values that ask for mathematics which are not implemented.
         """
         fields = dataclasses.fields(cls)
         if any(field.name == "rope_scaling" for field in fields):
@@ -74,9 +74,9 @@ class Shape:
         if self.rope_theta <= 0 or self.rms_norm_eps < 0:
             raise VicugnaError(f"rope_theta is {self.rope_theta} and rms_norm_eps is "
                                f"{self.rms_norm_eps}", "config.json",
-                               "The one must be positive, the other not negative")
+                               "rope_theta must be positive, rms_norm_eps not negative")
         scaling = getattr(self, "rope_scaling", None)
-        rope.inverse_frequencies(2, self.rope_theta, scaling)  # names what is wrong with it
+        rope.inverse_frequencies(2, self.rope_theta, scaling)  # raises for an impossible one
 
     @property
     def context_length(self) -> int:
@@ -98,7 +98,7 @@ def rope_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     config.json: transformers 5 nests both in `rope_parameters`, earlier releases keep two keys.
     An `original_max_position_embeddings` beside them comes before one inside, as there.
 
-    Raises VicugnaError where layers, or the parts of a head, would turn differently.
+    Raises VicugnaError for RoPE that differs between layers, or covers only a part of a head.
     """
     scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(scaling, Mapping) or any(isinstance(x, Mapping) for x in scaling.values()):
@@ -134,14 +134,13 @@ def typed(name: str, value: Any, hint: Any) -> Any:
 
 
 def spans(kinds: Sequence[str], window: int | None, layers: int) -> list[Span]:
-    """What each layer sees, by config.json's `layer_types` and `sliding_window`; VicugnaError for
+    """How each layer attends, by config.json's `layer_types` and `sliding_window`; VicugnaError for
     impossible ones."""
-    seen = {"full_attention": Span(), "sliding_attention": Span(window)}
-    known = ", ".join(seen)
-    if len(kinds) != layers or not all(kind in seen for kind in map(str, kinds)):
-        raise VicugnaError(f"layer_types is not {layers} names among {known}",
+    known = {"full_attention": Span(), "sliding_attention": Span(window)}
+    if len(kinds) != layers or not all(kind in known for kind in map(str, kinds)):
+        raise VicugnaError(f"layer_types is not {layers} names among {', '.join(known)}",
                            "config.json", "Restore the key from the original checkpoint")
     if "sliding_attention" in kinds and (window is None or window < 1):
         raise VicugnaError(f"sliding_window is {window}", "config.json",
                            "Layers of sliding attention need at least 1")
-    return [seen[kind] for kind in kinds]
+    return [known[kind] for kind in kinds]

@@ -1,4 +1,4 @@
-"""A short causal depthwise convolution that never crosses a document's border."""
+"""A short causal depthwise convolution that does not cross the borders of packed documents."""
 
 from typing import Any
 
@@ -50,7 +50,7 @@ def _column_sums(a_BTD: Tensor, b_BTD: Tensor) -> Tensor:
 
 
 class CausalConv(nn.Module):
-    """Residual depthwise convolution over a token and its `width - 1` predecessors, zero at birth.
+    """Residual depthwise convolution over a token and its `width - 1` predecessors, initially zero.
 
     y_t = x_t + sum_i w_i * x_{t-i}, where the token at position p has p predecessors.
     """
@@ -59,6 +59,6 @@ class CausalConv(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(width, hidden_size))
 
-    def forward(self, x_BTD: Tensor, before_BnD: Tensor, positions_BT: Tensor) -> Tensor:
-        history = torch.cat([before_BnD.to(x_BTD.dtype), x_BTD], dim=1)
+    def forward(self, x_BTD: Tensor, state_BnD: Tensor, positions_BT: Tensor) -> Tensor:
+        history = torch.cat([state_BnD.to(x_BTD.dtype), x_BTD], dim=1)
         return _CausalConv.apply(history, self.weight, positions_BT)

@@ -1,4 +1,4 @@
-"""What every architecture shares: embeddings, a stack of layers, a last norm and the head."""
+"""What every architecture shares: embeddings, a stack of layers, a final norm and the head."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,12 +18,13 @@ class Decoder(nn.Module):
     def __init__(self, config: Any, layer: Callable[[Any, int], nn.Module]) -> None:
         super().__init__()
         self.config = config
-        # `models.initialise` draws the values: here they would only take time.
+        # Not initialised here: `models.initialise` or a checkpoint does that.
         self.embed_tokens = nn.Embedding.from_pretrained(
             torch.empty(config.vocab_size, config.hidden_size), freeze=False)
         self.layers: Any = nn.ModuleList(
             layer(config, n) for n in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self._inverse: Tensor | None = None
 
     @property
     def spans(self) -> set[Span]:
@@ -31,17 +32,26 @@ class Decoder(nn.Module):
         return {layer.self_attn.span for layer in self.layers}
 
     def forward(self, tokens_BT: Tensor, positions_BT: Tensor, attend: Attend) -> Tensor:
-        return self.above(self.embed_tokens(tokens_BT), positions_BT, attend)
+        return self.from_embeddings(self.embed_tokens(tokens_BT), positions_BT, attend)
 
-    def above(self, x_BTD: Tensor, positions_BT: Tensor, attend: Attend) -> Tensor:
-        """Everything above the embeddings [B, T, D], which may be of images too."""
-        c = self.config
-        scaling = getattr(c, "rope_scaling", None)
-        inverse = rope.inverse_frequencies(c.head_dim, c.rope_theta, scaling)
+    def from_embeddings(self, x_BTD: Tensor, positions_BT: Tensor, attend: Attend) -> Tensor:
+        """As `forward`, from embeddings [B, T, D], some of which may be features of images."""
+        scaling = getattr(self.config, "rope_scaling", None)
+        inverse = self._inverse_frequencies(positions_BT.device)
         rotation = rope.rotation(positions_BT, inverse, x_BTD.dtype, rope.attention_factor(scaling))
         for layer in self.layers:
             x_BTD = layer(x_BTD, positions_BT, rotation, attend)
         return self.norm(x_BTD)
+
+    def _inverse_frequencies(self, device: torch.device) -> Tensor:
+        """RoPE's, computed once for a device; no buffer, so that no checkpoint holds them."""
+        if self._inverse is None or self._inverse.device != device:
+            c = self.config
+            scaling = getattr(c, "rope_scaling", None)
+            with torch.inference_mode(False):  # training may use it after generation
+                self._inverse = rope.inverse_frequencies(c.head_dim, c.rope_theta,
+                                                         scaling).to(device)
+        return self._inverse
 
 
 class Network(nn.Module):
@@ -58,21 +68,21 @@ class Network(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, tokens_BT: Tensor, positions_BT: Tensor, attend: Attend) -> Tensor:
-        """Token ids and positions [B, T] (int64) -> hidden states after the last norm [B, T, D]."""
+        """Token ids and positions [B, T] (int64) -> final normalised hidden states [B, T, D]."""
         return self.model(tokens_BT, positions_BT, attend)
 
 
-class AroundText(nn.Module):
-    """A network around that of a text model, `language_model`, whose parts it shows as its own."""
+class Multimodal(nn.Module):
+    """A network around a text model, `language_model`, whose decoder and head it exposes."""
 
     language_model: Network
 
     @property
     def model(self) -> Decoder:
-        """The decoder, where the networks of text alone have it."""
+        """The decoder, as text-only networks have it."""
         return self.language_model.model
 
     @property
     def lm_head(self) -> nn.Linear:
-        """As of the networks of text alone."""
+        """The head, as text-only networks have it."""
         return self.language_model.lm_head

@@ -1,4 +1,4 @@
-"""Mixtures of experts: routing, the experts' work, and what keeps their load even."""
+"""Mixture-of-experts layers: routers, experts, and the balance of their load."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +14,8 @@ def routed(x_ND: Tensor, chosen_Nk: Tensor, weight_Nk: Tensor, gate_up_EFD: Tens
     """Sum over each token's k chosen experts of weight * expert(x), or of expert(weight * x) with
     `weigh_input`; an expert is down(silu(gate(x)) * up(x)). [N, D]
 
-    `chosen_Nk` are int64 numbers of experts. `gate_up_EFD` [E, 2F, D] holds gates above ups,
-    `down_EDF` is [E, D, F]; views will do. Tokens are sorted, so that each expert meets one block.
+    `chosen_Nk` are int64 indices of experts. `gate_up_EFD` [E, 2F, D] holds gates above ups,
+    `down_EDF` is [E, D, F]; views will do. Tokens are sorted by expert, one block for each.
     """
     N, k = chosen_Nk.shape
     expert_M, order_M = chosen_Nk.flatten().sort(stable=True)
@@ -26,15 +26,15 @@ def routed(x_ND: Tensor, chosen_Nk: Tensor, weight_Nk: Tensor, gate_up_EFD: Tens
         x_MD = x_MD * weight_M1
     numbers_E = torch.arange(len(gate_up_EFD), device=x_ND.device)
     end_E = torch.searchsorted(expert_M, numbers_E, right=True)  # where each expert's block ends
-    work = _grouped if _can_group(x_MD, down_EDF) else _one_by_one
-    out_MD = work(x_MD, end_E, gate_up_EFD, down_EDF)
+    product = _grouped if _can_group(x_MD, down_EDF) else _loop
+    out_MD = product(x_MD, end_E, gate_up_EFD, down_EDF)
     if not weigh_input:
         out_MD = out_MD * weight_M1
     return out_MD[order_M.argsort()].view(N, k, x_ND.shape[1]).sum(1)
 
 
-def _one_by_one(x_MD: Tensor, end_E: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
-    """Each expert that was chosen, on its block of tokens."""
+def _loop(x_MD: Tensor, end_E: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
+    """One expert after the other, each on its block of tokens."""
     # Not by indexing, whose backward pass would add up a whole stack for each expert.
     blocks = x_MD.split([end - begin for begin, end in pairwise([0, *end_E.tolist()])])
     out = []
@@ -75,29 +75,40 @@ def _product_dtype(x: Tensor) -> torch.dtype:
 
 
 class Experts(nn.Module):
-    """E SwiGLU experts of width F, stacked: gate_up_proj [E, 2F, D] and down_proj [E, D, F]."""
+    """E SwiGLU experts of width F, stacked: gate_up_proj [E, 2F, D] and down_proj [E, D, F], or
+    `transposed`, [E, D, 2F] and [E, F, D], as Llama 4's files have them."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int, experts: int) -> None:
+    def __init__(self, hidden_size: int, intermediate_size: int, experts: int,
+                 transposed: bool = False) -> None:
         super().__init__()
-        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * intermediate_size, hidden_size))
-        self.down_proj = nn.Parameter(torch.empty(experts, hidden_size, intermediate_size))
+        self.transposed = transposed
+        shapes = (2 * intermediate_size, hidden_size), (hidden_size, intermediate_size)
+        self.gate_up_proj, self.down_proj = (
+            nn.Parameter(torch.empty(experts, *(shape[::-1] if transposed else shape)))
+            for shape in shapes)
 
-    def forward(self, x_ND: Tensor, chosen_Nk: Tensor, weight_Nk: Tensor) -> Tensor:
-        return routed(x_ND, chosen_Nk, weight_Nk, self.gate_up_proj, self.down_proj)
+    def forward(self, x_ND: Tensor, chosen_Nk: Tensor, weight_Nk: Tensor,
+                weigh_input: bool = False) -> Tensor:
+        gate_up, down = self.gate_up_proj, self.down_proj
+        if self.transposed:
+            return routed(x_ND, chosen_Nk, weight_Nk, gate_up.transpose(1, 2),
+                          down.transpose(1, 2), weigh_input)
+        return routed(x_ND, chosen_Nk, weight_Nk, gate_up, down, weigh_input)
 
 
 class Balanced(nn.Module):
-    """A router kept even without an auxiliary loss (DeepSeek V3, arXiv 2412.19437, section 2.1.2):
-    a bias decides who is chosen, never how much a chosen expert counts.
+    """A router balanced without an auxiliary loss (DeepSeek V3, arXiv 2412.19437, section 2.1.2):
+    a bias for each expert is added to its score for the top-k alone, not for its weight.
 
     The bias is a float32 buffer [E] with the name that files give it, `bias_name`. `forward` calls
-    `count` with what it chose; training calls `balance` after each step.
+    `count` with the experts it chose; training calls `balance` after each step.
     """
 
     bias_name = "expert_bias"
+    tokens_per_expert: Tensor
 
-    def __init__(self, experts: int) -> None:
-        super().__init__()
+    def add_bias(self, experts: int) -> None:
+        """Register the bias, all zeros; called once, by __init__."""
         self.register_buffer(self.bias_name, torch.zeros(experts))
         self.tokens_per_expert = torch.zeros(experts, device="cpu")  # even when built on meta
 
@@ -114,32 +125,33 @@ class Balanced(nn.Module):
         self.tokens_per_expert.zero_()
 
 
-class MoE(Balanced):
-    """Vicugna's mixture: of E experts of width F each token uses `top_k`, chosen and weighed by
-    the sigmoids of their scores, normalised."""
+class MoE(Experts, Balanced):
+    """Vicugna's mixture: of E experts of width F each token uses `top_k`, chosen by the sigmoids of
+    their logits, biased, and weighted by the sigmoids, normalised."""
 
     expert_bias: Tensor
 
     def __init__(self, hidden_size: int, intermediate_size: int, experts: int, top_k: int) -> None:
-        super().__init__(experts)
+        super().__init__(hidden_size, intermediate_size, experts)
+        self.add_bias(experts)
         self.top_k = top_k
         self.router = nn.Linear(hidden_size, experts, bias=False)
-        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * intermediate_size, hidden_size))
-        self.down_proj = nn.Parameter(torch.empty(experts, hidden_size, intermediate_size))
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor) -> Tensor:  # type: ignore[override]
         x_ND = x_BTD.flatten(0, 1)
         score_NE = torch.sigmoid(self.router(x_ND).float())
         chosen_Nk = (score_NE + self.expert_bias).topk(self.top_k, dim=-1).indices
         weight_Nk = score_NE.gather(-1, chosen_Nk)
         weight_Nk = weight_Nk / weight_Nk.sum(-1, keepdim=True)
         self.count(chosen_Nk)
-        return routed(x_ND, chosen_Nk, weight_Nk, self.gate_up_proj, self.down_proj).view_as(x_BTD)
+        return super().forward(x_ND, chosen_Nk, weight_Nk).view_as(x_BTD)
 
 
 class Router(nn.Linear):
-    """Mixtral's router (arXiv 2401.04088): the `top_k` likeliest of E experts, weighed by their
-    probabilities, normalised: x [N, D] -> logits [N, E], chosen [N, k], float32 weights [N, k]."""
+    """Mixtral's router (arXiv 2401.04088): the `top_k` most probable of E experts, weighted by
+    their probabilities, normalised.
+
+    x [N, D] -> logits [N, E], chosen experts [N, k], float32 weights [N, k]."""
 
     def __init__(self, hidden_size: int, experts: int, top_k: int) -> None:
         super().__init__(hidden_size, experts, bias=False)
@@ -153,12 +165,13 @@ class Router(nn.Linear):
 
 @contextmanager
 def capture_router_logits(network: nn.Module) -> Iterator[list[Tensor]]:
-    """A list that takes the logits [N, E] of every `Router` of the network that runs meanwhile."""
-    heard: list[Tensor] = []
-    hooks = [module.register_forward_hook(lambda _, __, out: heard.append(out[0]))
+    """A list to which every `Router` of the network that runs inside the context appends its
+    logits [N, E]."""
+    captured: list[Tensor] = []
+    hooks = [module.register_forward_hook(lambda _, __, out: captured.append(out[0]))
              for module in network.modules() if isinstance(module, Router)]
     try:
-        yield heard
+        yield captured
     finally:
         for hook in hooks:
             hook.remove()

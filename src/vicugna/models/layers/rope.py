@@ -17,8 +17,8 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: Mapping[str, Any] 
     """Radians per position of each feature pair, float32 [K/2].
 
     `scaling` is config.json's `rope_scaling`: None, `linear`, `llama3` (Llama 3.1's rule: long
-    wavelengths are stretched by `factor`, short ones kept, those between interpolated) or `yarn`,
-    which needs `attention_factor` too.
+    wavelengths are stretched by `factor`, short ones are not, those between are interpolated) or
+    `yarn`, which needs `attention_factor` too.
     Raises VicugnaError for a kind it does not know or a missing key.
     """
     power = theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
@@ -42,10 +42,10 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: Mapping[str, Any] 
             wavelength = 2 * math.pi / inverse
             share = ((original / wavelength - low) / (high - low)).clamp(0, 1)
             return (1 - share) * inverse / factor + share * inverse
-        attention_factor(scaling)  # names impossible values of YaRN's keys too
-        # Summed as the reference does: by position 40,000 a last bit is 0.002 radians.
-        kept = _yarn_kept(head_dim, theta, scaling)
-        return 1.0 / (factor * power) * (1 - kept) + inverse * kept
+        attention_factor(scaling)  # impossible values of its keys raise here
+        # Summed as transformers does: at position 40,000 a last bit is 0.002 radians.
+        ramp = _yarn_ramp(head_dim, theta, scaling)
+        return 1.0 / (factor * power) * (1 - ramp) + inverse * ramp
     except KeyError as error:
         raise VicugnaError(f"rope_scaling of type {kind!r} lacks {error}", "config.json",
                            "Restore the key from the original checkpoint") from None
@@ -64,7 +64,7 @@ def scaled_context(scaling: Mapping[str, Any] | None) -> int:
 
 
 def attention_factor(scaling: Mapping[str, Any] | None) -> float:
-    """What YaRN multiplies cosine and sine by, so that scores stay as sharp over more keys; 1 for
+    """What YaRN multiplies cosine and sine by, the square root of the attention temperature; 1 for
     every other kind. `scaling` is one that `inverse_frequencies` accepts."""
     if not scaling or kind_of(scaling) != "yarn":
         return 1.0
@@ -77,26 +77,26 @@ def attention_factor(scaling: Mapping[str, Any] | None) -> float:
 
 
 def mscale(factor: float, weight: float = 1.0) -> float:
-    """YaRN's growth of sharpness with a context `factor` times longer (arXiv 2309.00071, 3.4)."""
+    """YaRN's attention scaling for a context `factor` times longer (arXiv 2309.00071, 3.4)."""
     return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def rotation(positions_BT: Tensor, inverse: Tensor, dtype: torch.dtype, factor: float = 1.0
              ) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every position and pair times `factor` (`attention_factor`),
-    [B, T, 1, K/2]; angles are made in float32."""
-    angle = positions_BT[:, :, None, None].float() * inverse.to(positions_BT.device)
+    [B, T, 1, K/2]; angles are float32."""
+    angle = positions_BT[:, :, None, None].float() * inverse
     return (angle.cos() * factor).to(dtype), (angle.sin() * factor).to(dtype)
 
 
 def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x_i, x_{i+K/2}) by its angle."""
+    """Rotate each pair (x_i, x_{i+K/2}) by its angle."""
     a, b = x_BTHK.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
 def rotate_pairs(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair of neighbours (x_{2i}, x_{2i+1}) by its angle, as in Meta's own weights."""
+    """Rotate each pair (x_{2i}, x_{2i+1}) by its angle, the interleaved form of Meta's weights."""
     a, b = x_BTHK[..., 0::2], x_BTHK[..., 1::2]
     return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
 
@@ -106,12 +106,12 @@ def kind_of(scaling: Mapping[str, Any]) -> str:
     return str(scaling.get("rope_type") or scaling.get("type") or "default")
 
 
-def _yarn_kept(head_dim: int, theta: float, scaling: Mapping[str, Any]) -> Tensor:
-    """How far YaRN keeps each pair's speed, 0 to 1 [K/2]: whole if it turns more than `beta_fast`
-    times within the original context, not at all below `beta_slow` times, a ramp between."""
+def _yarn_ramp(head_dim: int, theta: float, scaling: Mapping[str, Any]) -> Tensor:
+    """The share of each pair's original frequency in YaRN's, 0 to 1 [K/2]: 1 for pairs that rotate
+    more than `beta_fast` times within the original context, 0 below `beta_slow` times."""
     original = scaling[ORIGINAL]
-    low, high = (head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
-                 for turns in (scaling.get("beta_fast") or 32, scaling.get("beta_slow") or 1))
+    low, high = (head_dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+                 for rotations in (scaling.get("beta_fast") or 32, scaling.get("beta_slow") or 1))
     if scaling.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)

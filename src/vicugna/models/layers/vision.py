@@ -1,13 +1,14 @@
-"""Llama 4's vision encoder: tiles of an image become features that stand among the text tokens.
+"""Llama 4's vision encoder: features of image tiles, which take the place of image tokens.
 
-A bidirectional transformer over patches with learned and 2-D rotary positions; then neighbouring
-patches are laid side by side (pixel shuffle), so that fewer and wider features reach the text.
+A bidirectional transformer over patches with learned and 2-D rotary positions; then a pixel
+shuffle joins neighbouring patches, so that fewer and wider features reach the text model.
 Parameter names are those of Hugging Face's Llama4VisionModel. Letters: N tiles, P patches,
 C width of the encoder.
 """
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from typing import Any, Self
 
 import torch
@@ -18,7 +19,7 @@ from vicugna.errors import VicugnaError
 from vicugna.models.layers import rope
 from vicugna.models.layers.config import rope_keys, typed
 
-# What the reference computes whatever the keys say; another value was meant for other mathematics.
+# Keys that transformers' model ignores: only the values that it computes with are accepted.
 FIXED = {"hidden_act": "gelu", "norm_eps": 1e-5, "multi_modal_projector_bias": False,
          "vision_feature_layer": -1, "vision_feature_select_strategy": "default"}
 
@@ -45,15 +46,15 @@ class VisionConfig:
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
         """Read the mapping `vision_config`; keys that the dataclass does not have are ignored.
 
-        Raises VicugnaError for wrong types, impossible shapes, and switches that are not built.
+        Raises VicugnaError for wrong types, impossible shapes, and values that are not supported.
         """
         for key, only in FIXED.items():
             if config.get(key, only) != only:
                 raise _wrong(f"{key} {config[key]!r} is not supported", f"Only {only!r} is")
-        turning = rope_keys(config)
-        if turning["rope_scaling"]:
+        rope_values = rope_keys(config)
+        if rope_values["rope_scaling"]:
             raise _wrong("RoPE is scaled, which is not supported", "Only the default type is")
-        values = {**config, **turning}
+        values = {**config, **rope_values}
         return cls(**{field.name: typed(field.name, values[field.name], field.type)
                       for field in fields(cls) if values.get(field.name) is not None})
 
@@ -84,12 +85,12 @@ class VisionConfig:
 
     @property
     def shuffle(self) -> int:
-        """How many patches along one side become one feature."""
+        """Patches along one side that become one feature."""
         return round(1 / self.pixel_shuffle_ratio)
 
     @property
     def features(self) -> int:
-        """Features of one tile, and so the image tokens that stand for it."""
+        """Features of one tile, one for each of its image tokens."""
         return (self.side // self.shuffle) ** 2
 
     def to_dict(self) -> dict[str, Any]:
@@ -101,19 +102,21 @@ def _wrong(what: str, fix: str) -> VicugnaError:
     return VicugnaError(f"vision_config: {what}", "config.json", fix)
 
 
-def rotation(config: VisionConfig) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [P + 1, 1, K/2] by which each patch's heads turn: the first half of their
-    pairs by its column, the second by its row, both from 1; the class token, last, does not."""
+@lru_cache(maxsize=4)
+@torch.inference_mode(False)  # training may use them after generation
+def rotation(config: VisionConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosine and sine [P + 1, 1, K/2] of 2-D RoPE: the first half of a head's pairs rotates by the
+    patch's column, the second by its row, both from 1; the class token, last, does not rotate."""
     per_head = config.hidden_size // config.num_attention_heads
     inverse = rope.inverse_frequencies(per_head // 2, config.rope_theta, None)
     n_P1 = torch.arange(config.side**2, device=inverse.device)[:, None]
     angle = torch.cat([(n_P1 % config.side + 1) * inverse, (n_P1 // config.side + 1) * inverse], -1)
-    angle = F.pad(angle, (0, 0, 0, 1))[:, None]
+    angle = F.pad(angle, (0, 0, 0, 1))[:, None].to(device)
     return angle.cos(), angle.sin()
 
 
 def pixel_shuffle(x_NPC: Tensor, n: int) -> Tensor:
-    """Lay each square of n * n patches side by side, row by row: [N, P / n^2, n^2 * C]."""
+    """Join each square of n * n patches into one, row by row: [N, P / n^2, n^2 * C]."""
     N, P, C = x_NPC.shape
     side = round(P**0.5) // n
     squares = x_NPC.reshape(N, side, n, side, n, C).transpose(2, 3)
@@ -121,7 +124,7 @@ def pixel_shuffle(x_NPC: Tensor, n: int) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Every patch sees every patch of its tile."""
+    """Bidirectional attention among the patches of a tile."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -193,9 +196,8 @@ class VisionModel(nn.Module):
         x_NPC = embed(patches.transpose(1, 2))
         x_NPC = torch.cat([x_NPC, self.class_embedding.expand(len(x_NPC), 1, -1)], dim=1)
         x_NPC = self.layernorm_pre(x_NPC + self.positional_embedding_vlm)
-        cos, sin = (x.to(x_NPC.device) for x in rotation(c))
         layers: Any = self.model["layers"]
         for layer in layers:
-            x_NPC = layer(x_NPC, (cos, sin))
+            x_NPC = layer(x_NPC, rotation(c, x_NPC.device))
         x_NPC = pixel_shuffle(self.layernorm_post(x_NPC)[:, :-1], c.shuffle)  # no class token
         return F.gelu(self.vision_adapter["mlp"](x_NPC))
