@@ -95,7 +95,7 @@ def test_an_honest_release_holds(made: Workspace, release: Path) -> None:
     seen: list[tuple[int, int]] = []
     checks = verify(release, 1000, lambda done, total: seen.append((done, total)))
     assert [check.name for check in checks if not check.ok] == []
-    assert checks[-1].detail == "16 of 16 items asked again end the same"
+    assert checks[-1].detail == "16 of 16 items have the same outcome when evaluated again"
     assert seen[-1] == (16, 16)
     assert [check.name for check in verify(release, 0)][-1] == "release digest"
     model = checkpoint.read(release)
@@ -187,12 +187,12 @@ FOREIGN = ["model-00002-of-00002.safetensors", "tokenizer.model", "tekken.json",
            "evidence/.git/x", ".github/x", "sub/.git/x", "model.safetensors.index.json"]
 
 
-def test_what_git_the_hub_and_macos_put_beside_a_release_is_left_aside(release: Path) -> None:
+def test_what_git_the_hub_and_macos_put_beside_a_release_is_ignored(release: Path) -> None:
     beside(release, *PUT_BESIDE)
     checks = verify(release)
     assert all(check.ok for check in checks)
     assert checks[0].detail.endswith(
-        "left aside, for nothing in it is loaded: .DS_Store, .git, .gitattributes, .gitignore, "
+        "ignored, as nothing in it is loaded: .DS_Store, .git, .gitattributes, .gitignore, "
         ".huggingface, .cache/huggingface, evidence/.DS_Store")
     (release / ".git").rename(release.parent / "git")
     (release / ".git").write_text("gitdir: ../elsewhere")  # of a submodule
@@ -214,7 +214,7 @@ def test_links_are_refused(name: str, target: str, release: Path) -> None:
     assert "files" in failed(release, 0)
 
 
-def test_weights_cannot_come_from_what_is_left_aside(release: Path) -> None:
+def test_weights_cannot_come_from_what_is_ignored(release: Path) -> None:
     """Not even of a release whose maker planned it: others could change them."""
     (release / ".cache" / "huggingface").mkdir(parents=True)
     (release / "model.safetensors").rename(release / ".cache" / "huggingface" / "w.safetensors")
@@ -249,7 +249,7 @@ def test_a_release_in_the_hubs_cache(release: Path, tmp_path: Path, cli: Any,
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     for name in ("org/name", f"org/name@{'5' * 40}"):
         ended = cli("verify", name, "--sample", "4")
-        assert ended.code == 0 and "left aside" in ended.out, ended
+        assert ended.code == 0 and "ignored" in ended.out, ended
     ended = cli("verify", "org/other")
     assert ended.code == 2 and "the Hub could not be reached" in ended.line
     ended = cli("verify", release / "README.md")

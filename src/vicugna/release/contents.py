@@ -1,4 +1,4 @@
-"""A release folder, opened; and what its model card and its manifest must say, given the rest."""
+"""The contents of a release folder, and the model card and manifest that follow from them."""
 
 import json
 from dataclasses import dataclass, field
@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import torch
 
 from vicugna import checkpoint
 from vicugna.checkpoint import Checkpoint
 from vicugna.checkpoint.folder import inside
+from vicugna.dtypes import dtype_of
 from vicugna.errors import VicugnaError
 from vicugna.evals import Results, read_results
 from vicugna.files import digest_file, digest_of, read_json
@@ -19,17 +19,16 @@ from vicugna.ledger import Attempt, attempts_in, lineage
 from vicugna.models import counts
 
 MANIFEST = "manifest.json"
-# What Git, the Hub's client and macOS put beside a release; nothing in it is ever loaded.
-ASIDE = (".git", ".gitattributes", ".gitignore", ".cache/huggingface", ".huggingface")
-ASIDE_ANYWHERE = ".DS_Store"
+# What Git, the Hub's client and (in any folder) macOS put beside a release; none of it is loaded.
+IGNORED = (".git", ".gitattributes", ".gitignore", ".cache/huggingface", ".huggingface")
+IGNORED_ANYWHERE = ".DS_Store"
 WEAK = 0.5  # rows below this accuracy are listed as weaknesses
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class About:
-    """What people say of a release: its name, one paragraph, known limits, and the licence (an
-    SPDX name). `attempts` counts all attempts of the workspace's ledger by kind and outcome."""
+    """Metadata of a release: its name, a summary, known limits, and the licence (an SPDX name).
+    `attempts` counts all attempts of the workspace's ledger by kind and outcome."""
 
     name: str
     summary: str = ""
@@ -39,14 +38,14 @@ class About:
 
 
 class Contents:
-    """The parts of a release, each read when first asked for. A forged file may raise anything."""
+    """The parts of a release, each read on first use. A forged file may raise anything."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.evidence = folder, folder / "evidence"
 
     @cached_property
     def files(self) -> dict[str, dict[str, Any]]:
-        """Those that the manifest must name."""
+        """Size and digest of the files that the manifest must name."""
         return files_in(self.folder)[0]
 
     @cached_property
@@ -57,7 +56,7 @@ class Contents:
     def model(self) -> Checkpoint:
         """The model as it was evaluated: its digest covers the precision it is loaded in."""
         (precision,) = {results.precision for results, _ in self.evaluations}
-        return checkpoint.read(self.folder, dtype=PRECISIONS[precision])
+        return checkpoint.read(self.folder, dtype=dtype_of(precision, "precision of the results"))
 
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
@@ -78,7 +77,7 @@ class Contents:
 
 
 def card(release: Contents) -> str:
-    """README.md of a release: every number is computed from the evidence, none is typed. Pure:
+    """README.md of a release: every number is computed from the evidence. A pure function:
     verification renders it again and compares the bytes."""
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True,
                                      keep_trailing_newline=True)
@@ -93,8 +92,8 @@ def card(release: Contents) -> str:
 
 
 def manifest(release: Contents) -> dict[str, Any]:
-    """What manifest.json must say of a release. The release digest covers weights, scores and
-    recipe, but no times or costs: a run killed and continued gives the same one."""
+    """manifest.json of a release. The release digest covers weights, scores and recipe, but no
+    times or costs: a run that was killed and resumed gives the same one."""
     what = {"model_digest": release.model.digest,
             "results_digests": [results.digest for results, _ in release.evaluations],
             "recipe_digest": digest_file(release.evidence / "recipe.yaml")}
@@ -104,24 +103,24 @@ def manifest(release: Contents) -> dict[str, Any]:
 
 def files_in(folder: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
     """sha256 and size of every file of a release but the manifest, by its path within it; and the
-    names of what is left aside (see ASIDE). A link is a VicugnaError, for what it leads to is not
+    names of what is ignored (see IGNORED). A link is a VicugnaError, for what it leads to is not
     in the release, unless it is one of the Hub's cache, in which all files are links."""
-    found, aside, folders = dict[str, dict[str, Any]](), list[str](), [folder]
+    found, ignored, folders = dict[str, dict[str, Any]](), list[str](), [folder]
     for parent in folders:  # which grows
         for path in sorted(parent.iterdir()):
             name = path.relative_to(folder).as_posix()
             if path.is_symlink() and inside(folder, name).resolve().is_relative_to(
                     folder.resolve()):
                 raise VicugnaError("a link", str(path), "Put the file itself there")
-            if name in ASIDE or path.name == ASIDE_ANYWHERE:
-                aside.append(name)
+            if name in IGNORED or path.name == IGNORED_ANYWHERE:
+                ignored.append(name)
             elif path.is_dir():
                 folders.append(path)
             elif not path.is_file():
                 raise VicugnaError("neither file nor folder", str(path), "Remove it")
             elif name != MANIFEST:
                 found[name] = {"sha256": digest_file(path), "size": path.stat().st_size}
-    return found, aside
+    return found, ignored
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

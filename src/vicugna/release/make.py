@@ -13,7 +13,7 @@ from vicugna.evals import read_results
 from vicugna.files import canonical, replacing_folder, write_json, write_text
 from vicugna.ledger import Ledger, attempts_in, lineage
 from vicugna.release.contents import MANIFEST, About, Contents, card, manifest
-from vicugna.release.verify import evaluating, verify
+from vicugna.release.verify import evaluation_attempts, verify
 
 
 def make_release(model_folder: str | Path, results_folders: Sequence[str | Path], ledger: Ledger,
@@ -44,11 +44,11 @@ def make_release(model_folder: str | Path, results_folders: Sequence[str | Path]
         shutil.copyfile(recipe, release.evidence / "recipe.yaml")
         rows = ledger.rows()
         attempts = attempts_in(rows)
-        wanted = {attempt.id for attempt in lineage(attempts, release.model.digest)}
+        cited = {attempt.id for attempt in lineage(attempts, release.model.digest)}
         for results, _ in release.evaluations:
-            wanted |= {attempt.id for attempt in evaluating(attempts, results)[-1:]}
+            cited |= {attempt.id for attempt in evaluation_attempts(attempts, results)[-1:]}
         write_text(release.evidence / "ledger.jsonl", "".join(
-            canonical(row).decode() + "\n" for row in rows if row["content"]["attempt"] in wanted))
+            canonical(row).decode() + "\n" for row in rows if row["content"]["attempt"] in cited))
         counts = Counter(f"{attempt.kind} {attempt.outcome}" for attempt in attempts)
         write_json(release.evidence / "about.json", asdict(replace(about, attempts=dict(counts))))
         write_text(temporary / "README.md", card(release))
