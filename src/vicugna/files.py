@@ -15,6 +15,9 @@ from typing import Any
 
 from vicugna.errors import VicugnaError
 
+# Where what comes with this package is looked for by name: in the package, or beside its source.
+RECIPES = [Path(__file__).parent / "recipes", Path(__file__).parents[2] / "recipes"]
+
 
 def storage_error(error: OSError, path: str | Path) -> VicugnaError:
     """Turn an operating-system error about `path` into one that says what to do."""

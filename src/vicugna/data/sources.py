@@ -108,6 +108,10 @@ def paths(spec: SourceSpec) -> list[Path]:
             raise VicugnaError("no file matches", spec.source, "Check the pattern")
         return found
     path = Path(spec.source).expanduser()
+    if not path.exists():  # the chats of a recipe that comes with the package
+        path = next((packaged for folder in files.RECIPES
+                     if (packaged := folder.parent / path).parent == folder
+                     and packaged.is_file()), path)
     if path.is_dir():
         raise VicugnaError("this is a folder", spec.source, f'Write "{spec.source}/**/*.txt"')
     if not path.exists():

@@ -9,18 +9,15 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-import vicugna
 from vicugna import models
 from vicugna.data import SourceSpec
 from vicugna.errors import VicugnaError, did_you_mean
-from vicugna.files import digest_of, read_text
+from vicugna.files import RECIPES, digest_of, read_text
 from vicugna.training import earlier_recipe
 
 DATE = datetime.date(2026, 1, 1)  # the default, so that nothing depends on the day of a run
 START = "start"  # the name of the checkpoint model.start among those that stages make
 CORPUS = "corpus"  # the source that stands for data.sources
-# Where a recipe that is given by name is looked for: in the package, or beside its source.
-RECIPES = [Path(vicugna.__file__).parent / "recipes", Path(vicugna.__file__).parents[2] / "recipes"]
 
 
 class Strict(BaseModel, extra="forbid", frozen=True):
