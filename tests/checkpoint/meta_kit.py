@@ -180,7 +180,7 @@ def change(folder: Path, rank: int, **changes) -> None:
 def one_layer(params: dict) -> dict[str, Tensor]:
     """Random tensors of a model of one layer, by their names in Hugging Face's form."""
     p, generator = meta_params.Params(**params), torch.Generator().manual_seed(0)
-    D, GK, F = p.dim, p.groups * p.head_width, p.inner()
+    D, GK, F = p.dim, p.groups * p.head_width, p.ffn_width()
     shapes = {"self_attn.q_proj": (D, D), "self_attn.k_proj": (GK, D), "self_attn.v_proj": (GK, D),
               "self_attn.o_proj": (D, D), "mlp.gate_proj": (F, D), "mlp.up_proj": (F, D),
               "mlp.down_proj": (D, F), "input_layernorm": (D,), "post_attention_layernorm": (D,)}

@@ -144,7 +144,7 @@ def test_transformers_reads_it(tmp_path, bpe, name, dtype):
 
 @pytest.mark.parametrize("heads", [1, 4])
 def test_turning_rows_is_the_other_form_of_rope(heads):
-    """Halves rotated against each other, and neighbours after the rows were turned, give the same
+    """Halves rotated against each other, and neighbours after the rows were permuted, give the same
     scores: rotated features are the same numbers in another order."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(heads * 16, 8, generator=generator)
@@ -152,12 +152,12 @@ def test_turning_rows_is_the_other_form_of_rope(heads):
     rotation = rope.rotation(torch.arange(5)[None], rope.inverse_frequencies(16, 1e4, None),
                              torch.float32)
     halves = rope.rotate((x @ weight.T).view(1, 5, heads, 16), *rotation)
-    turned = tensors.turned(weight, heads)
-    pairs = rope.rotate_pairs((x @ turned.T).view(1, 5, heads, 16), *rotation)
+    permuted = tensors.permuted(weight, heads)
+    pairs = rope.rotate_pairs((x @ permuted.T).view(1, 5, heads, 16), *rotation)
     assert torch.allclose(pairs, halves.unflatten(-1, (2, 8)).transpose(-1, -2).flatten(-2),
                           atol=1e-6)
-    assert torch.equal(tensors.turned(turned, heads, back=True), weight)
-    assert torch.equal(tensors.turned(turned[:, 0], heads, back=True), weight[:, 0])  # a bias
+    assert torch.equal(tensors.permuted(permuted, heads, back=True), weight)
+    assert torch.equal(tensors.permuted(permuted[:, 0], heads, back=True), weight[:, 0])  # a bias
 
 
 def test_frequencies_of_llama_3(tmp_path):

@@ -134,8 +134,8 @@ def mixtures(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize(("name", "tensor", "shape", "says"), [
-    ("llama4", "blk.1.ffn_up_exps.weight", None, "half of tensor model.layers.1.feed_forward.exp"),
-    ("deepseek", "blk.0.attn_k_b.weight", None, "half of tensor model.layers.0.self_attn.kv_b"),
+    ("llama4", "blk.1.ffn_up_exps.weight", None, "a part of tensor model.layers.1.feed_forward"),
+    ("deepseek", "blk.0.attn_k_b.weight", None, "a part of tensor model.layers.0.self_attn.kv_b"),
     ("deepseek", "blk.0.attn_v_b.weight", (4, 24, 63), "its keys make no model"),
     ("deepseek", "blk.0.attn_v_b.weight", (24,), "its keys make no model"),
     ("deepseek", "blk.0.attn_k_b.weight", (4, 64, 33), "kv_b_proj.weight is [228, 64] instead"),

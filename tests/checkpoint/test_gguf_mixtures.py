@@ -179,14 +179,14 @@ def test_from_transformers_and_back(tmp_path, kind, dtype, monkeypatch):
         assert torch.equal(loaded[name], tensor)
 
 
-def test_eyes_are_left_out_with_leave_only(tmp_path, monkeypatch):
+def test_the_vision_encoder_is_left_out_with_lossy_only(tmp_path, monkeypatch):
     monkeypatch.setitem(every.LLAMA4, "attention_chunk_size", None)
     every.save("llama4", tmp_path / "a")
-    with pytest.raises(Refused, match="would lose its eyes: images are left out"):
+    with pytest.raises(Refused, match="would lose the vision encoder: images are left out"):
         convert(tmp_path / "a", tmp_path / "m.gguf")
     assert not (tmp_path / "m.gguf").exists()
     done = convert(tmp_path / "a", tmp_path / "m.gguf", lossy=True)
-    assert done["lost"] == ["its eyes: images are left out"]
+    assert done["lost"] == ["the vision encoder: images are left out"]
     whole, text = checkpoint.read(tmp_path / "a"), checkpoint.read(tmp_path / "m.gguf")
     assert text.origin.config["model_type"] == "llama4_text" and text.config.vision_config is None
     tokens = torch.randint(3, 80, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -237,10 +237,10 @@ def test_models_that_llama_cpp_has_not(tmp_path, changes, says):
      "which tokens a layer sees"),
     (LLAMA4 | {"layer_types": ["chunked_attention"] * 4, "max_position_embeddings": 9000},
      "which tokens a layer sees"),
-    (LLAMA4 | {"floor_scale": 64}, "how sharp queries are"),
-    (LLAMA4 | {"attn_scale": 0.2, "max_position_embeddings": 9000}, "how sharp queries are"),
+    (LLAMA4 | {"floor_scale": 64}, "the query temperature scale"),
+    (LLAMA4 | {"attn_scale": 0.2, "max_position_embeddings": 9000}, "the query temperature scale"),
     (LLAMA4 | {"attn_temperature_tuning": False, "max_position_embeddings": 9000},
-     "how sharp queries are"),
+     "the query temperature scale"),
     (DEEPSEEK | {"rms_norm_eps": 1e-5}, "the epsilon 1e-06 of norms of latents"),
 ])
 def test_what_llama_cpp_computes_otherwise_is_a_loss(tmp_path, changes, says):

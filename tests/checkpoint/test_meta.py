@@ -97,7 +97,7 @@ def test_a_head_equal_to_the_embeddings_is_tied_only_in_llama_3_2(tmp_path):
     ({"dim": 5120, "n_heads": 40, "multiple_of": 2048, "ffn_dim_multiplier": 1.2}, 16384)])
 def test_feed_forward_of_published_models(shape, width):
     """Llama 1 and 2 7B, 13B, 30B, 65B; 2 70B; 3 8B, 405B; 3.2 1B, 3B; 4."""
-    assert meta_params.Params(n_layers=1, norm_eps=1e-5, **shape).inner() == width
+    assert meta_params.Params(n_layers=1, norm_eps=1e-5, **shape).ffn_width() == width
 
 
 def test_the_65b_of_llama_1_is_told_from_the_70b_of_llama_2():
@@ -259,9 +259,9 @@ def test_a_llama_4_without_experts_or_chunks():
 
 @pytest.mark.parametrize(("changes", "says"), [
     ({"moe_w_swiglu_eD_F": None}, "gate_up_proj is [4, 64, 112] instead of [4, 64, 224]"),
-    ({"moe_w_swiglu_eD_F": torch.ones(4 * 32, 56)}, "makes no experts: its parts do not fit"),
+    ({"moe_w_swiglu_eD_F": torch.ones(4 * 32, 56)}, "into experts: its parts do not fit"),
     ({"moe_w_swiglu_eD_F": torch.ones(4 * 64, 56).half()}, "its parts do not fit"),
-    ({"moe_w_in_eD_F": torch.ones(7, 56)}, "makes no experts"),
+    ({"moe_w_in_eD_F": torch.ones(7, 56)}, "into experts"),
     ({"moe_w_out_eF_D": torch.ones(4 * 55, 64)}, "down_proj is [4, 110, 64] instead of"),
 ])
 def test_experts_that_fit_no_llama_4(tmp_path, changes, says):

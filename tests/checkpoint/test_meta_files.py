@@ -237,12 +237,13 @@ def test_shards_that_differ(folder, rank, changes, says):
 @pytest.mark.parametrize(("changes", "says"), [
     ({"bias": torch.ones(D)}, "unexpected: no Llama of Meta has it"),
     ({"layers.0.attention.wo.weight": torch.ones(D)}, "one that is not a matrix"),
-    ({"layers.0.attention.wq.weight": torch.ones(31, D)}, "makes no q_proj"),
+    ({"layers.0.attention.wq.weight": torch.ones(31, D)},
+     "cannot merge 2 tensor-parallel shards of shape [31, 64] into q_proj"),
     ({"layers.0.attention.wv.weight": torch.ones(D)}, "v_proj.weight is [64] instead of [64, 64]"),
     ({"layers.0.attention.wv.weight": None}, "missing model.layers.0.self_attn.v_proj.weight"),
     ({"layers.0.attention.wv.weight": torch.ones(8, D)}, "v_proj.weight is [16, 64] instead"),
-    ({"layers.0.feed_forward.w2.weight": torch.tensor(1.0)}, "makes no down_proj"),
-    ({"layers.0.attention.wk.weight": torch.tensor(1.0)}, "makes no k_proj"),
+    ({"layers.0.feed_forward.w2.weight": torch.tensor(1.0)}, "into down_proj"),
+    ({"layers.0.attention.wk.weight": torch.tensor(1.0)}, "into k_proj"),
     ({"tok_embeddings.weight": torch.ones(V, D)}, "wrong shape"),
     ({7: torch.ones(2)}, "not a file of tensors"),
 ])

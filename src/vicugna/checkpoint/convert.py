@@ -1,4 +1,4 @@
-"""From one form of a checkpoint to another, tensor by tensor, losing nothing without leave."""
+"""From one form of a checkpoint to another, tensor by tensor; losses must be allowed."""
 
 import math
 import os
@@ -29,8 +29,8 @@ Report = Callable[[int, str], None]
 
 
 class Losses:
-    """What a conversion changes: nothing, or with leave, what `notes` says. `forget` is told of
-    rows that are done with."""
+    """What a conversion loses: nothing, or where that is allowed, what `notes` lists. `forget` is
+    called with rows that are no longer needed."""
 
     def __init__(self, allowed: bool, where: str, forget: Callable[[Tensor], None]) -> None:
         self.allowed, self.where, self.forget = allowed, where, forget
@@ -101,19 +101,19 @@ def convert(source: str | Path, target: str | Path, form: str | None = None,
     mapped = Mapped()
     losses = Losses(lossy, str(source), mapped.forget)
     network = state_dict.build(found.config, found.stored, str(found.folder))
-    parts, extras = state_dict.parts(network, found.stored, found.folder)
+    parts, passthrough = state_dict.parts(network, found.stored, found.folder)
     if form == "gguf":
-        _foresee(losses, found.config, dtype, len(extras))
+        _note_known(losses, found.config, dtype, len(passthrough))
         found, parts = writer.text_part(found, parts)
-    wanted = parts | ({} if form == "gguf" else extras)
+    wanted = parts | ({} if form == "gguf" else passthrough)
     total, number, last = len(wanted), 0, torch.empty(0)
-    say = report(total) if report else lambda done, name: None
+    progress = report(total) if report else lambda done, name: None
 
     def read(stored: Stored) -> Tensor:
         nonlocal last, number
         mapped.forget(last)
         last = torch.empty(0)
-        say(number := number + 1, stored.name)
+        progress(number := number + 1, stored.name)
         wide = torch.float32 if stored.scale is not None else stored.dtype
         last = mapped.read([stored], stored.shape, wide, torch.device("cpu"))
         return last
@@ -134,12 +134,13 @@ def convert(source: str | Path, target: str | Path, form: str | None = None,
             "stored", "tensors": total, "lost": losses.summary()}
 
 
-def _foresee(losses: Losses, config: dict[str, Any], dtype: str | None, extras: int) -> None:
+def _note_known(losses: Losses, config: dict[str, Any], dtype: str | None, passthrough: int
+                ) -> None:
     """Note what is lost in GGUF whatever the values are."""
     for what in keys.lost(config):
         losses.note(what)
-    if extras:
-        losses.note(f"{extras:,} tensors that the model does not compute with")
+    if passthrough:
+        losses.note(f"{passthrough:,} tensors that the model does not compute with")
     if dtype in ("q8_0", "q4_0"):
         losses.note(f"digits: {dtype} rounds the weights in blocks of 32")
 

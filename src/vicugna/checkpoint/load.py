@@ -60,10 +60,10 @@ def read(path: str | Path, dtype: torch.dtype | None = torch.float32,
 
 
 def _without_weights(network: nn.Module, found: Survey, dtype: torch.dtype | None) -> Checkpoint:
-    _, extras = state_dict.parts(network, found.stored, found.folder)
+    _, extra = state_dict.parts(network, found.stored, found.folder)
     mapped = Mapped(later=True)
     passthrough = {name: mapped.read([part], part.shape, part.kind, torch.device("cpu"))
-                   for name, part in extras.items()}
+                   for name, part in extra.items()}
     origin = Origin(found.config, found.tokenizer, found.files, passthrough, mapped.check,
                     partial(state_dict.streamed, network, found.stored, dtype, found.folder),
                     StoredTensors(network, found, dtype))

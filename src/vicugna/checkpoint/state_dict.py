@@ -1,9 +1,7 @@
-"""Between a checkpoint's tensors and a network's parameters: names, pieces, ties and extras.
+"""Between a checkpoint's tensors and a network's state dict.
 
-A network may hold as one parameter what files hold in pieces (a mixture's experts), and files may
-hold tensors that a network does not compute with (layers that predict further tokens). The
-architecture says which, by `pieces(name, config)` and `extra(name, config)` in its module; where
-config.json alone does not say what the files hold, `meant(config, stored)` corrects it.
+A network may stack in one parameter what files hold apart (a mixture's experts), and files may hold
+tensors that it does not compute with, which are passed through. See checkpoint/names.
 """
 
 import math
@@ -41,7 +39,7 @@ def build(config: Mapping[str, Any], stored: Mapping[str, Stored], where: str) -
         kind = config.get("model_type")
         module = models.architecture(kind)
         chosen = module.Config.from_dict(names.of(kind).normalise(config, stored))
-        with torch.device("meta"), _Undrawn():
+        with torch.device("meta"), _SkipInit():
             return module.Network(chosen)
     except VicugnaError as error:
         raise VicugnaError(error.what, where, error.fix) from error
@@ -51,8 +49,8 @@ def build(config: Mapping[str, Any], stored: Mapping[str, Stored], where: str) -
         raise broken(f"no network can be built from it: {reason}", where) from error
 
 
-class _Undrawn(TorchFunctionMode):
-    """Modules are made without drawing first values, which the checkpoint's replace."""
+class _SkipInit(TorchFunctionMode):
+    """Skip initialisation: the checkpoint's values replace what it would draw."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -66,10 +64,9 @@ def fill(network: Any, stored: Mapping[str, Stored], dtype: torch.dtype | None,
          ) -> tuple[dict[str, Tensor], Callable[[], None]]:
     """Load the tensors straight into a network on the meta device, as `values` gives them.
 
-    Returns the pass-through tensors, as they
-    are stored, on the CPU; and what raises VicugnaError for values that are not finite in large
-    weights that stay mapped: when the network first runs this is called, and it is to be called
-    before it is saved or digested, which have to read the weights anyway.
+    Returns the pass-through tensors, as they are stored, on the CPU; and a check that raises
+    VicugnaError for values that are not finite in large weights that stay mapped. The network's
+    first forward pass calls it; who saves or digests it, and so reads all values anyway, does too.
     VicugnaError where names or shapes do not fit, and for values that are not finite elsewhere.
     """
     mapped = Mapped(later=sum(part.nbytes for part in stored.values()) > AT_ONCE)
@@ -138,40 +135,40 @@ def place(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 def parts(network: Any, stored: Mapping[str, Stored], where: str | Path
           ) -> tuple[dict[str, Stored], dict[str, Stored]]:
-    """The tensors that `network` is made of (of tied ones one), and extra ones, by their names.
-    VicugnaError where names or shapes do not fit."""
+    """The tensors that `network` is made of (of tied ones one), and the pass-through ones, by their
+    names in files. VicugnaError where names or shapes do not fit."""
     tied = ties(network)
-    made_of, extras = _parts(network, network.state_dict(), tied, stored, where)
+    made_of, passthrough = _parts(network, network.state_dict(), tied, stored, where)
     return {part.name: part for name, those in made_of.items() if name not in tied
-            for part in those}, extras
+            for part in those}, passthrough
 
 
 def _parts(network: Any, state: Mapping[str, Tensor], tied: Mapping[str, str],
            stored: Mapping[str, Stored], where: str | Path
            ) -> tuple[dict[str, list[Stored]], dict[str, Stored]]:
-    """What each parameter and buffer is made of, in order, and the extra tensors."""
+    """What each parameter and buffer is made of, in order, and the pass-through tensors."""
     naming = names_of(network)
-    extras = {name: tensor for name, tensor in stored.items()
+    passthrough = {name: tensor for name, tensor in stored.items()
               if naming.passthrough(name, network.config)}
     # A tied head may be stored too, and (before transformers 4.31) RoPE's frequencies.
     stored = {name: tensor for name, tensor in stored.items()
-              if name not in extras and not name.endswith("rotary_emb.inv_freq")}
+              if name not in passthrough and not name.endswith("rotary_emb.inv_freq")}
     for name, other in tied.items():  # safetensors' save_model keeps the head of the two
         if name in stored and other not in stored:
             stored[other] = stored.pop(name).renamed(other)
     made_of: dict[str, list[str]] = {}
     for name, tensor in state.items():
         if name in stored or name not in tied:
-            # The names of more pieces than there are tensors would only fill memory.
+            # The names of more experts than there are tensors would only fill memory.
             whole = name in stored or (tensor.dim() > 2 and len(tensor) > len(stored))
             made_of[name] = (not whole and naming.of_experts(name, len(tensor))) or [name]
     _compare({one: _shape(state[name], name, those) for name, those in made_of.items()
               for one in those}, stored, where)
-    return {name: [stored[one] for one in those] for name, those in made_of.items()}, extras
+    return {name: [stored[one] for one in those] for name, those in made_of.items()}, passthrough
 
 
 def named_tensors(network: Any) -> dict[str, Tensor]:
-    """The network's parameters (tied ones once, stacked ones in their pieces) and buffers, by
+    """The network's parameters (tied ones once, experts apart) and buffers, by
     their names in a checkpoint's files and without copies."""
     tied, state = ties(network), network.state_dict()
     return {part: view for name, tensor in state.items() if name not in tied

@@ -37,12 +37,12 @@ class StoredTensors(Mapping[str, Tensor]):
 
     def __init__(self, network: Any, found: Survey, dtype: torch.dtype | None,
                  report: Report = lambda done, name: None) -> None:
-        parts, extras = state_dict.parts(network, found.stored, found.folder)
+        parts, passthrough = state_dict.parts(network, found.stored, found.folder)
         buffers = dict(network.named_buffers())
         self._kinds = {name: buffers[name].dtype if name in buffers else dtype or part.kind
                        for name, part in parts.items()}
-        self._kinds |= {name: part.kind for name, part in extras.items()}
-        self._parts, self._report, self._done = parts | extras, report, 0
+        self._kinds |= {name: part.kind for name, part in passthrough.items()}
+        self._parts, self._report, self._done = parts | passthrough, report, 0
         # Experts that files hold stacked are named apart, as they are of a network.
         naming = state_dict.names_of(network)
         self._places = {name: (whole, n, len(names)) for whole, part in self._parts.items()
@@ -51,13 +51,13 @@ class StoredTensors(Mapping[str, Tensor]):
                         for n, name in enumerate(names)}
 
     def __getitem__(self, name: str) -> Tensor:
-        whole, n, pieces = self._places[name]
+        whole, n, count = self._places[name]
         part = self._parts[whole]
         # One mapping for each, so that its pages go when the tensor does.
         tensor = Mapped().read([part], part.shape, self._kinds[whole], torch.device("cpu"))
         self._done += 1
         self._report(self._done, name)
-        return tensor if pieces == 1 else tensor.reshape(pieces, -1, part.shape[-1])[n]
+        return tensor if count == 1 else tensor.reshape(count, -1, part.shape[-1])[n]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)

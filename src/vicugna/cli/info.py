@@ -24,10 +24,10 @@ def info(
 
     found = checkpoint.survey(model)
     network = state_dict.build(found.config, found.stored, str(found.folder))
-    parts, extras = state_dict.parts(network, found.stored, found.folder)
+    parts, passthrough = state_dict.parts(network, found.stored, found.folder)
     facts = _facts(found, network)
     if digest:
-        with progress.bar("digest", len(parts) + len(extras)) as report:
+        with progress.bar("digest", len(parts) + len(passthrough)) as report:
             facts["digest"] = digest_stored(network, found, report)
     if as_json:
         output.as_json(facts)

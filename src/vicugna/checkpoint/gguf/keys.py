@@ -52,17 +52,17 @@ SIGMOID = 2  # gguf.ExpertGatingFuncType
 SCALING = {"rope_type": "rope.scaling.type", "factor": "rope.scaling.factor",
            "original_max_position_embeddings": "rope.scaling.original_context_length"}
 BETAS = {"beta_fast": "rope.scaling.yarn_beta_fast", "beta_slow": "rope.scaling.yarn_beta_slow"}
-SHARPNESS = "rope.scaling.yarn_log_multiplier"  # of DeepSeek: a tenth of mscale_all_dim
+YARN_LOG_MULTIPLIER = "rope.scaling.yarn_log_multiplier"  # of DeepSeek: a tenth of mscale_all_dim
 HARMLESS = {"tensor_data_layout", "rope.scaling.finetuned", *BETAS.values()}
 # What llama.cpp takes where a key is absent or zero; other keys must be there.
-ABSENT = {"rope_theta": 10000.0, "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1,
+DEFAULTS = {"rope_theta": 10000.0, "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1,
           "norm_topk_prob": False, "routed_scaling_factor": 1.0, "q_lora_rank": None}
-MAY_LACK = {"vocab_size", "num_key_value_heads", "head_dim"}
+OPTIONAL = {"vocab_size", "num_key_value_heads", "head_dim"}
 LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "original_max_position_embeddings": 8192}
 HIGH = (4.0, 1.0)  # high_freq_factor of Llama 3.1, and of Llama 4
 # llama.cpp's Llama 4: chunks of RoPE's layers, every fourth layer without RoPE, whose queries grow
 # with the position; and the only number of experts (Maverick's) with which QK norm is off.
-CHUNK, WITHOUT_ROPE, FLOOR, GROWTH, NO_NORM = 8192, 4, 8192, 0.1, 128
+CHUNK, WITHOUT_ROPE, FLOOR_SCALE, ATTN_SCALE, NO_NORM = 8192, 4, 8192, 0.1, 128
 LATENT_EPS = 1e-6  # of DeepSeek's norms of latents; llama.cpp has one for all norms
 LITE = (26, 27)  # layers by which llama.cpp knows DeepSeek's Lite, which has no q_lora_rank
 LITE_48 = (48, 128256)  # layers and vocabulary of another one
@@ -81,7 +81,7 @@ def parsed(config: Mapping[str, Any]) -> Any:
     return module.Config.from_dict(config)
 
 
-def _unlike(what: str) -> VicugnaError:
+def _not_in_gguf(what: str) -> VicugnaError:
     return VicugnaError(f"{what} cannot be represented in GGUF", "config.json",
                         "Convert to a Hugging Face folder instead")
 
@@ -108,15 +108,16 @@ def _llama4(shape: Any) -> dict[str, Any]:
     """The keys that are not fields, for a Llama 4 that llama.cpp computes."""
     layers = range(shape.num_hidden_layers)
     if shape.attention_bias:
-        raise _unlike("attention_bias")
+        raise _not_in_gguf("attention_bias")
     if any(shape.has_rope(n) != ((n + 1) % WITHOUT_ROPE != 0) for n in layers):
-        raise _unlike(f"RoPE in other layers than all but every {WITHOUT_ROPE}th")
+        raise _not_in_gguf(f"RoPE in other layers than all but every {WITHOUT_ROPE}th")
     if shape.use_qk_norm != (shape.num_local_experts != NO_NORM):
-        raise _unlike(f"use_qk_norm {shape.use_qk_norm} with {shape.num_local_experts} experts")
+        raise _not_in_gguf(f"use_qk_norm {shape.use_qk_norm} with {shape.num_local_experts} "
+                           "experts")
     mixtures = [shape.has_experts(n) for n in layers]
     step = [*mixtures, True].index(True) + 1
     if mixtures != [(n + 1) % step == 0 for n in layers]:
-        raise _unlike("experts in other layers than every nth")
+        raise _not_in_gguf("experts in other layers than every nth")
     return {"interleave_moe_layer_step": step}
 
 
@@ -124,11 +125,12 @@ def _deepseek2(shape: Any) -> dict[str, Any]:
     """The keys that are not fields, for a DeepSeek that llama.cpp computes."""
     layers, rank = shape.num_hidden_layers, shape.q_lora_rank
     if shape.attention_bias:
-        raise _unlike("attention_bias")
+        raise _not_in_gguf("attention_bias")
     if shape.n_shared_experts == 0 or shape.routed_scaling_factor == 0:
-        raise _unlike("n_shared_experts or routed_scaling_factor of 0")
+        raise _not_in_gguf("n_shared_experts or routed_scaling_factor of 0")
     if rank is not None and (layers in LITE or (layers, shape.vocab_size) == LITE_48):
-        raise _unlike(f"q_lora_rank in {layers} layers, by which llama.cpp knows a Lite model,")
+        raise _not_in_gguf(f"q_lora_rank in {layers} layers, by which llama.cpp knows a Lite "
+                           "model,")
     R, P = shape.kv_lora_rank, shape.qk_rope_head_dim
     all_groups = shape.topk_group == shape.n_group  # llama.cpp wants one then
     return {"attention.q_lora_rank": rank or 0, **dict(zip(LATENT, (
@@ -145,7 +147,7 @@ def _scaling(shape: Any, architecture: str) -> dict[str, Any]:
     known = {"llama": ("linear", "yarn", "llama3"), "llama4": ("linear", "yarn", "llama3"),
              "qwen2": ("linear", "yarn"), "deepseek2": ("yarn",)}[architecture]
     if kind not in ("default", *known):
-        raise _unlike(f"rope_scaling {kind}")
+        raise _not_in_gguf(f"rope_scaling {kind}")
     if kind not in ("linear", "yarn"):
         return {}
     plain: dict[str, Any] = {"rope_type": kind, "factor": float(scaling["factor"])}
@@ -155,13 +157,13 @@ def _scaling(shape: Any, architecture: str) -> dict[str, Any]:
     if architecture == "deepseek2":  # features are not stretched, and scores as mscale_all_dim says
         weight = float(scaling.get("mscale_all_dim") or 0)
         plain |= {"mscale": weight, "mscale_all_dim": weight}
-        found[SHARPNESS] = 0.1 * weight
+        found[YARN_LOG_MULTIPLIER] = 0.1 * weight
         if weight <= 0 or plain["factor"] < 1:
-            raise _unlike("yarn without mscale_all_dim, or of a factor below 1,")
+            raise _not_in_gguf("yarn without mscale_all_dim, or of a factor below 1,")
     if rope.attention_factor(plain) != rope.attention_factor(scaling) or not torch.equal(
             *(rope.inverse_frequencies(shape.head_dim, shape.rope_theta, x)
               for x in (plain, scaling))):
-        raise _unlike("rope_scaling yarn of unusual settings")
+        raise _not_in_gguf("rope_scaling yarn of unusual settings")
     return found
 
 
@@ -178,7 +180,7 @@ def rope_factors(config: Mapping[str, Any]) -> Tensor | None:
 def lost(config: Mapping[str, Any]) -> list[str]:
     """What llama.cpp would compute otherwise, or not at all, than this config.json says."""
     if config.get("model_type") == "llama4":
-        return ["its eyes: images are left out", *lost(text_config(config))]
+        return ["the vision encoder: images are left out", *lost(text_config(config))]
     shape, architecture = parsed(config), ARCHITECTURES[config["model_type"]]
     if architecture == "llama4":
         return _lost_llama4(shape)
@@ -201,15 +203,15 @@ def _lost_llama4(shape: Any) -> list[str]:
              "and none in others"] if any(min(a, T) != min(b, T) for a, b in chunks) else []
     tuned = shape.attn_temperature_tuning and shape.attn_scale != 0 and shape.floor_scale <= T
     ours = (shape.floor_scale, shape.attn_scale) if tuned else None
-    theirs = (FLOOR, GROWTH) if T >= FLOOR else None
+    theirs = (FLOOR_SCALE, ATTN_SCALE) if T >= FLOOR_SCALE else None
     if ours != theirs and not all(map(shape.has_rope, layers)):
-        found.append(f"how sharp queries are at which position: llama.cpp has floor_scale {FLOOR} "
-                     f"and attn_scale {GROWTH}")
+        found.append(f"the query temperature scale: llama.cpp has floor_scale {FLOOR_SCALE} "
+                     f"and attn_scale {ATTN_SCALE}")
     return found
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json of the text model in a `llama4`, which has eyes."""
+    """config.json of the text model in a `llama4`, which has a vision encoder too."""
     tokens = {key: value for key, value in config.items() if key.endswith("_token_id")}
     return tokens | dict(config.get("text_config") or {}) | {
         "model_type": "llama4_text", "architectures": ["Llama4ForCausalLM"]}
@@ -224,14 +226,14 @@ def foreign_config(architecture: str, found: Mapping[str, Any], factors: Tensor 
     """
     fields = FIELDS[architecture]
     known = {*fields.values(), *SCALING.values(), *HARMLESS, *(
-        (*LATENT, SHARPNESS) if architecture == "deepseek2" else HEAD_DIMS)}
+        (*LATENT, YARN_LOG_MULTIPLIER) if architecture == "deepseek2" else HEAD_DIMS)}
     if strange := sorted(found.keys() - known):
         raise VicugnaError(f"key {architecture}.{short(strange[0])} is not known", "",
                            "It may change what the model computes: use its Hugging Face folder")
     config = {key: found[field] for key, field in fields.items() if found.get(field)}
-    config |= {key: ABSENT[key] for key in fields if key in ABSENT and key not in config}
+    config |= {key: DEFAULTS[key] for key in fields if key in DEFAULTS and key not in config}
     experts = "num_local_experts" in config
-    lacks = MAY_LACK | ({"num_local_experts", "num_experts_per_tok"}
+    lacks = OPTIONAL | ({"num_local_experts", "num_experts_per_tok"}
                         if fields is LLAMA and not experts else set())
     if missing := sorted(fields[key] for key in fields.keys() - config.keys() - lacks):
         raise broken(f"key {architecture}.{missing[0]} is missing", "")
@@ -255,8 +257,8 @@ def foreign_config(architecture: str, found: Mapping[str, Any], factors: Tensor 
     scaling = {key: found[field] for key, field in (SCALING | BETAS).items() if field in found}
     if scaled := scaling.setdefault("rope_type", "linear" if "factor" in scaling else "none"
                                     ) != "none":
-        if SHARPNESS in found:
-            weight = round(10 * found[SHARPNESS], 6)
+        if YARN_LOG_MULTIPLIER in found:
+            weight = round(10 * found[YARN_LOG_MULTIPLIER], 6)
             scaling |= {"mscale": weight, "mscale_all_dim": weight}
         config["rope_scaling"] = scaling
     if factors is not None and not bool((factors == 1).all()):
@@ -267,11 +269,12 @@ def foreign_config(architecture: str, found: Mapping[str, Any], factors: Tensor 
             raise VicugnaError("rope_freqs.weight is not of Llama 3's kind", "",
                                "Use the Hugging Face folder of this model")
     whole = parsed(config).to_dict()
-    said = {key: one(value) for key, value in hyperparameters(whole).items()}
-    for field in found.keys() - HARMLESS - (set() if scaled else {SHARPNESS, *SCALING.values()}):
-        if found[field] and found[field] != said.get(field):
+    expected = {key: one(value) for key, value in hyperparameters(whole).items()}
+    unused = set() if scaled else {YARN_LOG_MULTIPLIER, *SCALING.values()}
+    for field in found.keys() - HARMLESS - unused:
+        if found[field] and found[field] != expected.get(field):
             raise VicugnaError(f"{architecture}.{field} is {short(str(found[field]))}, not "
-                               f"{said.get(field)} as the other keys want", "",
+                               f"{expected.get(field)} as the other keys want", "",
                                "Such a model is not read from GGUF: use its Hugging Face folder")
     return whole
 

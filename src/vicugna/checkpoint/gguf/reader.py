@@ -30,9 +30,9 @@ from vicugna.checkpoint.gguf.keys import ARCHITECTURES
 from vicugna.checkpoint.gguf.tensors import (
     FREQUENCIES,
     PLAIN,
-    Form,
-    forms,
-    our_name,
+    Layout,
+    hf_name,
+    layouts,
 )
 from vicugna.checkpoint.stored import Stored, broken, short
 from vicugna.checkpoint.survey import Survey, default_generation_config
@@ -107,9 +107,9 @@ def _config(metadata: Mapping[str, Any], entries: Mapping[str, Entry]) -> dict[s
             raise broken(f"it has {layers:,} layers, but only {len(entries):,} tensors", "")
     if written is not None:
         try:
-            said = {key: keys.one(value)
+            expected = {key: keys.one(value)
                     for key, value in keys.hyperparameters(written).items()}
-            if (ARCHITECTURES[written["model_type"]] == architecture and said == found
+            if (ARCHITECTURES[written["model_type"]] == architecture and expected == found
                     and keys.agree(keys.rope_factors(written), factors)):
                 return written
         except VicugnaError:
@@ -121,50 +121,51 @@ def _config(metadata: Mapping[str, Any], entries: Mapping[str, Entry]) -> dict[s
 def _tensors(config: Mapping[str, Any], entries: Mapping[str, Entry], path: Path
              ) -> dict[str, Stored]:
     """The tensors by their Hugging Face names. Norms and biases, which are F32 in every file, take
-    the dtype of the matrices where it holds them exactly; the biases by which experts are chosen
-    are float32 in folders too."""
+    the dtype of the matrices where it holds them exactly; a router's e_score_correction_bias is
+    float32 in folders too."""
     kinds = {entry.kind for entry in entries.values() if len(entry.shape) > 1} - {F32}
     narrow = DTYPES.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32
-    lying, parts = forms(config), dict[str, list[Entry | None]]()
+    special, parts = layouts(config), dict[str, list[Entry | None]]()
     found: dict[str, Stored] = {}
     for stored, entry in entries.items():
         if stored == FREQUENCIES:
             continue
-        name, inner, n, count = our_name(stored, config["model_type"])
+        name, inner, n, count = hf_name(stored, config["model_type"])
         if "*" in name and entry.shape[0] > EXPERTS:
             raise broken(f"{entry.shape[0]:,} experts", f"tensor {short(stored)}")
         parts.setdefault(name, [None] * count)[n] = entry
         if None in parts[name]:
             continue
         whole = [part for part in parts.pop(name) if part is not None]
-        form = lying.get(inner, PLAIN)
+        layout = special.get(inner, PLAIN)
         for expert in range(entry.shape[0]) if "*" in name else [None]:
             ours = name.replace("*", str(expert))
-            found[ours] = _stored(ours, path, whole, expert, form, narrow)
+            found[ours] = _stored(ours, path, whole, expert, layout, narrow)
     if parts:
-        raise broken(f"half of tensor {short(min(parts))} is missing", "")
+        raise broken(f"a part of tensor {short(min(parts))} is missing", "")
     return found
 
 
-def _stored(name: str, path: Path, entries: Sequence[Entry], expert: int | None, form: Form,
+def _stored(name: str, path: Path, entries: Sequence[Entry], expert: int | None, layout: Layout,
             narrow: torch.dtype) -> Stored:
     """A tensor of a folder that these entries hold, or an expert's part of one entry."""
-    kept = dtype = DTYPES.get(entries[0].kind, torch.float32)
+    widest = dtype = DTYPES.get(entries[0].kind, torch.float32)
     for entry in entries[1:]:
-        kept = dtype = torch.promote_types(dtype, DTYPES.get(entry.kind, torch.float32))
+        widest = dtype = torch.promote_types(dtype, DTYPES.get(entry.kind, torch.float32))
     if dtype != narrow and not name.endswith("e_score_correction_bias"):
-        values = [decode(entry, expert).to(kept) for entry in entries]
-        if all(torch.equal(part.to(narrow).to(kept), part) for part in values):
+        values = [decode(entry, expert).to(widest) for entry in entries]
+        if all(torch.equal(part.to(narrow).to(widest), part) for part in values):
             dtype = narrow
     shapes = [entry.shape if expert is None else entry.shape[1:] for entry in entries]
-    if form is PLAIN and entries[0].kind in DTYPES and dtype == kept:  # as it lies
+    if layout is PLAIN and entries[0].kind in DTYPES and dtype == widest:  # mapped as it is
         begin = entries[0].begin + (expert or 0) * math.prod(shapes[0]) * dtype.itemsize
         return Stored(name, path, begin, dtype, shapes[0])
-    shape = shapes[0] if form is PLAIN else tuple(
-        form.join([torch.empty(shape, device="meta") for shape in shapes]).shape)
+    shape = shapes[0] if layout is PLAIN else tuple(
+        layout.join([torch.empty(shape, device="meta") for shape in shapes]).shape)
     return Stored(name, path, entries[0].begin, dtype, shape,
-                  load=partial(_load, entries, expert, form, dtype))
+                  load=partial(_load, entries, expert, layout, dtype))
 
 
-def _load(entries: Sequence[Entry], expert: int | None, form: Form, dtype: torch.dtype) -> Tensor:
-    return form.join([decode(entry, expert).to(dtype) for entry in entries]).contiguous()
+def _load(entries: Sequence[Entry], expert: int | None, layout: Layout, dtype: torch.dtype
+          ) -> Tensor:
+    return layout.join([decode(entry, expert).to(dtype) for entry in entries]).contiguous()

@@ -22,27 +22,27 @@ FREQUENCIES = "rope_freqs.weight"  # what llama.cpp divides RoPE's frequencies b
 
 
 @dataclass(frozen=True)
-class Form:
-    """How the values of a tensor of a folder lie in those of a file that hold it."""
+class Layout:
+    """How a tensor of a folder is laid out in the tensors of a file that hold it."""
 
     split: Callable[[Tensor], Sequence[Tensor]] = lambda ours: [ours]
     join: Callable[[Sequence[Tensor]], Tensor] = lambda theirs: theirs[0]
 
 
-PLAIN = Form()
+PLAIN = Layout()
 
 
-def forms(config: Mapping[str, Any]) -> dict[str, Form]:
-    """Of tensors of a folder, by their names in a layer, those that lie otherwise in a file."""
+def layouts(config: Mapping[str, Any]) -> dict[str, Layout]:
+    """The tensors of a layer, by their names in a folder, that a file lays out otherwise."""
     shape, kind = parsed(config), config["model_type"]
     if ARCHITECTURES[kind] == "llama":
-        return {"self_attn.q_proj": _turning(shape.num_attention_heads),
-                "self_attn.k_proj": _turning(shape.num_key_value_heads)}
+        return {"self_attn.q_proj": _permuting(shape.num_attention_heads),
+                "self_attn.k_proj": _permuting(shape.num_key_value_heads)}
     if kind == "llama4_text":  # whose experts are transposed
-        return {"feed_forward.experts.gate_up_proj": Form(
+        return {"feed_forward.experts.gate_up_proj": Layout(
                     lambda ours: ours.mT.chunk(2, dim=1),
                     lambda theirs: torch.cat([*theirs], dim=1).mT),
-                "feed_forward.experts.down_proj": Form(
+                "feed_forward.experts.down_proj": Layout(
                     lambda ours: [ours.mT], lambda theirs: theirs[0].mT)}
     if kind != "deepseek_v3":
         return {}
@@ -52,23 +52,23 @@ def forms(config: Mapping[str, Any]) -> dict[str, Form]:
         k_HCR, v_HUR = ours.unflatten(0, (H, C + U)).split((C, U), dim=1)
         return k_HCR.mT, v_HUR
 
-    found = {"self_attn.kv_b_proj": Form(
+    found = {"self_attn.kv_b_proj": Layout(
         keys_and_values, lambda theirs: torch.cat((theirs[0].mT, theirs[1]), dim=1).flatten(0, 1))}
     if not shape.rope_interleave:
-        found |= {"self_attn.q_proj": _turning(H, C), "self_attn.q_b_proj": _turning(H, C),
-                  "self_attn.kv_a_proj_with_mqa": _turning(1, shape.kv_lora_rank)}
+        found |= {"self_attn.q_proj": _permuting(H, C), "self_attn.q_b_proj": _permuting(H, C),
+                  "self_attn.kv_a_proj_with_mqa": _permuting(1, shape.kv_lora_rank)}
     return found
 
 
-def _turning(heads: int, first: int = 0) -> Form:
-    return Form(lambda ours: [turned(ours, heads, first)],
-                lambda theirs: turned(theirs[0], heads, first, back=True))
+def _permuting(heads: int, first: int = 0) -> Layout:
+    return Layout(lambda ours: [permuted(ours, heads, first)],
+                  lambda theirs: permuted(theirs[0], heads, first, back=True))
 
 
-def turned(tensor: Tensor, heads: int, first: int = 0, back: bool = False) -> Tensor:
-    """The rows of each head, from number `first` on, from the two halves that Hugging Face rotates
-    against each other to neighbours, as in Meta's files, which llama.cpp keeps for some of its
-    architectures; or `back`."""
+def permuted(tensor: Tensor, heads: int, first: int = 0, back: bool = False) -> Tensor:
+    """q_proj or k_proj with the rows of each head, from number `first` on, permuted for RoPE: from
+    the halves that Hugging Face rotates to the neighbouring pairs of Meta's files, which llama.cpp
+    rotates in some of its architectures; or `back`."""
     rows = tensor.unflatten(0, (heads, -1))
     pairs = rows[:, first:].unflatten(1, (-1, 2) if back else (2, -1)).transpose(1, 2)
     return torch.cat((rows[:, :first], pairs.flatten(1, 2)), dim=1).flatten(0, 1)
@@ -81,12 +81,12 @@ class Group:
 
     names: Sequence[str]
     sources: list[Stored]
-    form: Form
+    layout: Layout
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
         """Those of the file's tensors."""
-        parts = self.form.split(torch.empty(self.sources[0].shape, device="meta"))
+        parts = self.layout.split(torch.empty(self.sources[0].shape, device="meta"))
         stack = (len(self.sources),) if "_exps" in self.names[0] and parts[0].dim() < 3 else ()
         return [stack + tuple(part.shape) for part in parts]
 
@@ -94,14 +94,14 @@ class Group:
 def groups(config: Mapping[str, Any], tensors: Mapping[str, Stored]) -> list[Group]:
     """All that a file of these tensors of a folder holds, in order. VicugnaError."""
     found: dict[str, Group] = {}
-    table, lying = names.of(config["model_type"]).by_name, forms(config)
+    table, special = names.of(config["model_type"]).by_name, layouts(config)
     for name in sorted(tensors, key=_order):
         layer, general = _general(name)
         if not (parameter := table.get(general)) or not parameter.gguf:
             raise VicugnaError(f"GGUF has no name for tensor {short(name)}", "",
                                "Convert to a Hugging Face folder instead")
         theirs = [one.replace("#", layer) for one in parameter.gguf]
-        found.setdefault(theirs[0], Group(theirs, [], lying.get(_inner(general), PLAIN))
+        found.setdefault(theirs[0], Group(theirs, [], special.get(_inner(general), PLAIN))
                          ).sources.append(tensors[name])
     return [*found.values()]
 
@@ -125,7 +125,7 @@ def _inner(general: str) -> str:
     return re.sub(r"^model\.layers\.#\.|\.(weight|bias)$", "", general)
 
 
-def our_name(name: str, kind: str) -> tuple[str, str, int, int]:
+def hf_name(name: str, kind: str) -> tuple[str, str, int, int]:
     """Of a tensor of a file of this model_type: its name in a folder (* for an expert's number),
     without layer and ending too, which part of it this is, and of how many."""
     layer, general = _general(name)

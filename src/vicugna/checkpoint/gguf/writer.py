@@ -48,8 +48,8 @@ KEY_TYPES = {bool: BOOL, int: UINT32, float: FLOAT32, str: STRING, list: ARRAY}
 
 
 def text_part(found: Survey, tensors: Mapping[str, Stored]) -> tuple[Survey, dict[str, Stored]]:
-    """Of a checkpoint with eyes, and those of its tensors that count, what a file can hold: the
-    text model, as a checkpoint of its own."""
+    """The text model of a checkpoint, which is all that a file can hold, as a checkpoint of its
+    own, with its tensors."""
     if found.config.get("model_type") != "llama4":
         return found, dict(tensors)
     inside = {name.removeprefix("language_model."): tensor for name, tensor in tensors.items()
@@ -97,7 +97,7 @@ def _made(group: Group, kinds: Mapping[str, int], load: Callable[[Stored], Tenso
     """The tensors of a group, one after the other; a source of several is loaded once."""
     only = load(group.sources[0]) if group.names[1:] else None
     for n, name in enumerate(group.names):
-        parts = (group.form.split(load(source) if only is None else only)[n]
+        parts = (group.layout.split(load(source) if only is None else only)[n]
                  for source in group.sources)
         yield _bytes(parts, group.sources, kinds[name], cast, forget)
 

@@ -1,10 +1,8 @@
-"""Meta's original files: `params.json`, `tokenizer.model` and `consolidated.NN.pth`, of which every
-rank of the model-parallel training wrote one. Llama 1 to 4.
+"""Meta's original files: `params.json`, `tokenizer.model` and `consolidated.NN.pth`, one for each
+tensor-parallel rank. Llama 1 to 4.
 
-A rank holds some heads or columns of each matrix: the matrix is the ranks' parts one after the
-other, along rows or columns. Norms are the same everywhere. Names and splits are those of Meta's
-modules (https://github.com/meta-llama/llama-models), the names that come out those of
-transformers' converters (convert_llama_weights_to_hf, convert_llama4_weights_to_hf).
+A matrix is the concatenation of the ranks' shards, along rows or columns; norms are replicated. See
+checkpoint/names for names and splits.
 """
 
 import re
@@ -32,27 +30,27 @@ UNUSED = re.compile(r"(^|\.)(rope\.freqs|freqs_cis|freq_cis|\w*gate_stats_3E|exp
 
 @dataclass(frozen=True)
 class Original:
-    """The ranks' tensors by Meta's names, the same on every rank; `fourth` is a Llama 4."""
+    """The ranks' tensors by Meta's names, the same on every rank; `is_llama4` is a Llama 4."""
 
     folder: Path
     params: Params
     ranks: list[dict[str, Stored]]
-    fourth: bool
+    is_llama4: bool
 
     @property
     def tied(self) -> bool:
         """Whether the head is the embeddings: none is there, or (Llama 3.2) the same values are."""
         if "output.weight" not in self.ranks[0]:
             return True
-        if self.fourth or not self.params.use_scaled_rope:
+        if self.is_llama4 or not self.params.use_scaled_rope:
             return False
         pairs = [(rank["output.weight"], rank["tok_embeddings.weight"]) for rank in self.ranks]
         return all(a.dtype == b.dtype and torch.equal(*map(Mapped().tensor, (a, b)))
                    for a, b in pairs)
 
     def stored(self, tied: bool) -> dict[str, Stored]:
-        """The tensors by the names of Hugging Face, each put together when it is read."""
-        prefix = "language_model." if self.fourth and self.params.vision_args else ""
+        """The tensors by the names of Hugging Face, each merged when it is read."""
+        prefix = "language_model." if self.is_llama4 and self.params.vision_args else ""
         sources: dict[str, list[tuple[str, int]]] = {}  # names, and which of their pieces
         for name in sorted(self.ranks[0].keys() - ({"output.weight"} if tied else set())):
             layer = re.search(r"\.(\d+)\.", name)
@@ -60,16 +58,16 @@ class Original:
                 target = held.name.replace("#", layer[1] if layer else "#")
                 text = target.startswith(("model.", "lm_head."))
                 sources.setdefault(prefix * text + target, []).append((name, index))
-        return {target: self._joined(target, made_of) for target, made_of in sources.items()}
+        return {target: self._merged(target, made_of) for target, made_of in sources.items()}
 
     def _held(self, name: str) -> list[Parameter]:
         """The parameters that Meta's tensor `name` holds, in order."""
-        known = names.of("llama4" if self.fourth else "llama").by_meta
+        known = names.of("llama4" if self.is_llama4 else "llama").by_meta
         if (held := known.get(re.sub(r"\.\d+\.", ".#.", name, count=1))) is None:
             raise broken("unexpected: no Llama of Meta has it", self.ranks[0][name].where)
         return held
 
-    def _joined(self, target: str, made_of: list[tuple[str, int]]) -> Stored:
+    def _merged(self, target: str, made_of: list[tuple[str, int]]) -> Stored:
         first = self.ranks[0][made_of[0][0]]
         try:
             parts, split = self._parts(target, made_of, lambda part: torch.empty(
@@ -77,28 +75,28 @@ class Original:
             shape = list(parts[0].shape)
             shape[split] = sum(part.shape[split] for part in parts)
             kinds = {(part.dtype, *part.shape[:split], *part.shape[split + 1:]) for part in parts}
-            if len(kinds) > 1 or (self._turned(target) and shape[0] % self.params.head_width):
+            if len(kinds) > 1 or (self._is_permuted(target) and shape[0] % self.params.head_width):
                 raise ValueError("its parts do not fit")
         except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise broken(f"{len(self.ranks)} times shape {list(first.shape)} makes no "
-                         f"{target.split('.')[-2]}: {short(str(error).splitlines()[0])}",
-                         first.where) from error
+            raise broken(f"cannot merge {len(self.ranks)} tensor-parallel shards of shape "
+                         f"{list(first.shape)} into {target.split('.')[-2]}: "
+                         f"{short(str(error).splitlines()[0])}", first.where) from error
         return Stored(target, first.file if len(self.ranks) == 1 else self.folder, 0, first.dtype,
                       tuple(shape), load=lambda: self._whole(target, made_of))
 
     def _whole(self, target: str, made_of: list[tuple[str, int]]) -> Tensor:
         for name, _ in made_of:
             if self._held(name)[0].split is None:
-                self._same_values(name)
+                self._check_replicas(name)
         parts, split = self._parts(target, made_of, Mapped().tensor)
         whole = torch.cat(parts, split) if parts[1:] else parts[0]
-        if self._turned(target):
-            # Meta turns neighbours (2i, 2i + 1) by an angle, Hugging Face (i, i + K/2).
+        if self._is_permuted(target):
+            # Meta rotates the pairs (2i, 2i + 1) by an angle, Hugging Face (i, i + K/2).
             pairs = whole.unflatten(0, (-1, self.params.head_width // 2, 2))
             whole = pairs.transpose(1, 2).flatten(0, 2)
         return whole.contiguous()
 
-    def _same_values(self, name: str) -> None:
+    def _check_replicas(self, name: str) -> None:
         """Raise VicugnaError unless all ranks have nearly the same values: the first one's are
         used, as by Meta, and others far from them are of another model."""
         first, *others = (Mapped().tensor(rank[name]).float() for rank in self.ranks)
@@ -107,9 +105,9 @@ class Original:
                 raise broken(f"its values are not those in {self.ranks[0][name].file.name}: the "
                              "shards are of several models", rank[name].where)
 
-    def _turned(self, target: str) -> bool:
-        """Whether RoPE turns what the matrix `target` makes, and Hugging Face in another order."""
-        return not self.fourth and re.search(r"\.[qk]_proj\.", target) is not None
+    def _is_permuted(self, target: str) -> bool:
+        """Whether Hugging Face permutes the rows of `target` for RoPE."""
+        return not self.is_llama4 and re.search(r"\.[qk]_proj\.", target) is not None
 
     def _parts(self, target: str, made_of: list[tuple[str, int]],
                pick: Callable[[Stored], Tensor]) -> tuple[list[Tensor], int]:
@@ -184,21 +182,22 @@ def survey(folder: Path) -> Survey:
                      f"{max(files)}", folder)
     ranks = [_rank(folder, files[number]) for number in sorted(files)]
     for rank in ranks[1:]:
-        _same(ranks[0], rank)
-    fourth = any(".wqkv." in name for name in ranks[0])
-    original = Original(folder, params, ranks, fourth)
+        _check_alike(ranks[0], rank)
+    is_llama4 = any(".wqkv." in name for name in ranks[0])
+    original = Original(folder, params, ranks, is_llama4)
     _check(original)
     tied = original.tied
     stored = original.stored(tied)
     vocabulary = next(tensor.shape[0] for name, tensor in stored.items() if "embed_tokens" in name)
-    if not fourth and params.vocab_size not in (None, -1, vocabulary):
+    if not is_llama4 and params.vocab_size not in (None, -1, vocabulary):
         raise broken(f"vocab_size is {params.vocab_size:,}, but there are {vocabulary:,} "
                      "embeddings", path)
-    version = "4" if fourth else "3.1" if params.use_scaled_rope else "3" if params.third else None
+    version = ("4" if is_llama4 else "3.1" if params.use_scaled_rope
+               else "3" if params.is_llama3 else None)
     tokenizer = _tokenizer(folder, version, vocabulary)
     name = (folder.resolve().parent if folder.name == "original" else folder.resolve()).name
     instruct = re.search("instruct|chat", name, re.IGNORECASE) is not None
-    say = meta_params.llama4 if fourth else meta_params.llama
+    say = meta_params.llama4 if is_llama4 else meta_params.llama
     config, generation_config = say(params, vocabulary, tied, instruct)
     return Survey(folder, config, stored, tokenizer, generation_config, {})
 
@@ -231,7 +230,7 @@ def _rank(folder: Path, names: list[str]) -> dict[str, Stored]:
     return found
 
 
-def _same(first: Mapping[str, Stored], other: Mapping[str, Stored]) -> None:
+def _check_alike(first: Mapping[str, Stored], other: Mapping[str, Stored]) -> None:
     """Raise VicugnaError unless two ranks hold the same tensors, in the same shapes and dtypes."""
     for name in sorted(first.keys() ^ other.keys()):
         raise broken("not every shard has it", (first.get(name) or other[name]).where)

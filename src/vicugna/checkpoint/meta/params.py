@@ -13,7 +13,7 @@ from vicugna.checkpoint.stored import broken, short
 from vicugna.errors import VicugnaError
 
 # Keys that mean another architecture, or weights in another form.
-FOREIGN = {"quantization_args": "it is quantised", "lora_args": "it has LoRA adapters",
+UNSUPPORTED = {"quantization_args": "it is quantised", "lora_args": "it has LoRA adapters",
            "vision_num_cross_attention_layers": "it is a Llama 3.2 with images",
            "vision_chunk_size": "it is a Llama 3.2 with images", "vision_model": "it has images",
            "sliding_window": "it is not a Llama", "moe": "it is not a Llama"}
@@ -86,12 +86,12 @@ class Params(Checked):
         return self.n_kv_heads or self.n_heads
 
     @property
-    def third(self) -> bool:
+    def is_llama3(self) -> bool:
         """Whether it is a Llama 3 or later."""
         return self.use_scaled_rope or self.rope_theta == 500_000
 
-    def inner(self, shrink: float = 1.0) -> int:
-        """Inner width of a feed-forward layer: 2/3 of `ffn_exp` widths, divided by `shrink` for an
+    def ffn_width(self, shrink: float = 1.0) -> int:
+        """Hidden width of a feed-forward layer: 2/3 of `ffn_exp` widths, divided by `shrink` for an
         expert, up to a multiple of `multiple_of`."""
         width = int(2 * int(self.ffn_exp * self.dim) / 3)
         width = int(int((self.ffn_dim_multiplier or 1) * width) / shrink)
@@ -103,7 +103,7 @@ def parse(values: dict[str, Any], path: Path) -> Params:
     models of another kind."""
     if isinstance(values.get("model"), dict):
         values = values["model"]
-    for key, what in FOREIGN.items():
+    for key, what in UNSUPPORTED.items():
         if values.get(key) not in (None, False, 0, -1):
             raise VicugnaError(f"{key}: {what}, which is not read in Meta's form", str(path),
                                "Use its Hugging Face folder")
@@ -118,8 +118,8 @@ def parse(values: dict[str, Any], path: Path) -> Params:
         raise broken(f"dim {params.dim} is not n_heads {params.n_heads} times a head's width", path)
     if params.head_width % 2:
         raise broken(f"a head's width, {params.head_width}, is odd", path)
-    if (eyes := params.vision_args) and (eyes.image_size.height, eyes.patch_size.height) != (
-            eyes.image_size.width, eyes.patch_size.width):
+    if (vision := params.vision_args) and (vision.image_size.height, vision.patch_size.height) != (
+            vision.image_size.width, vision.patch_size.width):
         raise VicugnaError("vision_args: images or patches that are not square", str(path),
                            "Only square ones are read")
     return params
@@ -134,13 +134,15 @@ def llama(p: Params, vocabulary: int, tied: bool, instruct: bool
     whose heads are not grouped as those of the 70B.
     """
     first = p.norm_eps < 1e-5 or (p.dim == 8192 and p.n_kv_heads is None)
-    context = (131072 if p.use_scaled_rope else 8192 if p.third else 16384 if p.rope_theta > 10000
-               else 2048 if first else 4096)  # 16,384: Code Llama
+    context = (131072 if p.use_scaled_rope else 8192 if p.is_llama3
+               else 16384 if p.rope_theta > 10000  # Code Llama
+               else 2048 if first else 4096)
     ends = [128001, 128008, 128009] if instruct else 128001
-    ids = _ids(vocabulary, 128000, ends) if p.third else _ids(vocabulary, 1, 2)
+    ids = _ids(vocabulary, 128000, ends) if p.is_llama3 else _ids(vocabulary, 1, 2)
     return {
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu",
-        **_shape(p, vocabulary), "intermediate_size": p.inner(), "max_position_embeddings": context,
+        **_shape(p, vocabulary), "intermediate_size": p.ffn_width(),
+        "max_position_embeddings": context,
         "rope_scaling": _scaling(p, 32.0 if tied else 8.0, 4.0), "tie_word_embeddings": tied, **ids
     }, SAMPLING | ids
 
@@ -159,7 +161,7 @@ def llama4(p: Params, vocabulary: int, tied: bool, instruct: bool
     ids = _ids(vocabulary, 200000, ends, 200018)
     text = {
         "model_type": "llama4_text", "architectures": ["Llama4ForCausalLM"], "hidden_act": "silu",
-        **_shape(p, vocabulary), "intermediate_size_mlp": p.inner(),
+        **_shape(p, vocabulary), "intermediate_size_mlp": p.ffn_width(),
         "max_position_embeddings": context, "rope_scaling": _scaling(p, 16.0, 1.0),
         "use_qk_norm": p.use_qk_norm, "attn_temperature_tuning": p.attn_temperature_tuning,
         "floor_scale": int(p.floor_scale), "attn_scale": p.attn_scale,
@@ -173,7 +175,7 @@ def llama4(p: Params, vocabulary: int, tied: bool, instruct: bool
         shrink = experts.capacity_factor + 1 if experts.auto_scale_F else 1.0
         text |= {"num_local_experts": experts.num_experts, "num_experts_per_tok": experts.top_k,
                  "interleave_moe_layer_step": experts.interleave_moe_layer_step,
-                 "intermediate_size": p.inner(shrink)}
+                 "intermediate_size": p.ffn_width(shrink)}
     generation = (SAMPLING if instruct else {}) | ids
     if p.vision_args is None:
         return text, generation
