@@ -105,7 +105,8 @@ def test_an_honest_release_holds(made: Workspace, release: Path) -> None:
 
 def test_the_card_tells_what_was_measured(release: Path) -> None:
     text = (release / "README.md").read_text()
-    for part in ("# Kid", "| pretrain | 4,000 | 1.5e+12 |", "| needle | retrieval.single | length "
+    for part in ("# Kid", "A `llama` network with ", "2 layers, width 16",
+                 "| pretrain | 4,000 | 1.5e+12 |", "| needle | retrieval.single | length "
                  "200 | 10 | 0.0% | 0.0% to 27.8% (wilson)", "- It was never trained.",
                  "only 0.0% right of 10", "rl open: 1", "sources: [stdlib,",
                  "license: apache-2.0", "vicugna verify"):

@@ -80,12 +80,13 @@ def card(release: Contents) -> str:
     """README.md of a release: every number is computed from the evidence. A pure function:
     verification renders it again and compares the bytes."""
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True,
-                                     keep_trailing_newline=True)
+                                     keep_trailing_newline=True, undefined=jinja2.StrictUndefined)
     environment.filters["number"] = lambda value, form: (
         format(value, form) if isinstance(value, int | float) else "not recorded")
     template = Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8")
     return environment.from_string(template).render(
-        about=release.about, model=release.model, recipe=release.recipe.strip(), weak=WEAK,
+        about=release.about, config=release.model.config.to_dict(), recipe=release.recipe.strip(),
+        model_digest=release.model.digest, weak=WEAK,
         parameters=counts.parameters(release.model.network),
         evaluations=[results for results, _ in release.evaluations],
         training=lineage(release.attempts, release.model.digest))

@@ -1,7 +1,7 @@
 """report.html: one self-contained page that shows what a run did and what came of it.
 
-What the run folder does not hold is left out. All that a model or a user wrote is hostile text:
-Jinja and matplotlib escape it, and the page forbids scripts.
+Parts for which the run folder has no files are left out. Everything that a model or a user wrote is
+untrusted: Jinja and matplotlib escape it, and the page forbids scripts.
 """
 
 import io
@@ -36,7 +36,7 @@ PANELS = (("pretrain", "loss", LOSS), ("sft", "loss", LOSS),
           ("rl", "tokens in a reply", {"length": "mean"}))
 TITLES = {"tokenizer": "Tokenizer", "pretrain": "Pretraining", "sft": "Fine-tuning",
           "rl": "Reinforcement learning", "eval": "Evaluation", "release": "Release"}
-SAMPLES = 3  # tasks of which a right answer is shown, and of which another
+SAMPLES = 3  # tasks of which a right answer is shown, and as many with another outcome
 Scored = tuple[str, Results, list[dict[str, Any]]]  # a checkpoint's name, results, records
 
 # Figures are drawn in these colours, which then become the page's variables: it may be dark.
@@ -52,7 +52,7 @@ STYLE = {"svg.fonttype": "none", "svg.hashsalt": "vicugna", "text.parse_math": F
 def write_report(run_folder: Path, ledger_path: Path) -> Path:
     """Write `run_folder`/report.html (atomically) from what is there, and give its path.
 
-    The same files give the same bytes. A broken ledger is told of on the page. Raises VicugnaError
+    The same files give the same bytes. A broken ledger is reported on the page. Raises VicugnaError
     if something in the run cannot be read, or the page cannot be written.
     """
     try:
@@ -130,7 +130,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _lines(path: Path) -> list[dict[str, Any]]:
     found = []
     for line in path.read_bytes().splitlines() if path.exists() else []:
-        with suppress(ValueError, RecursionError):  # it may still be being written
+        with suppress(ValueError, RecursionError):  # its last line may be incomplete
             found.append(_object(json.loads(line)))
     return found
 
