@@ -305,8 +305,9 @@ def _evaluate(run: Run, stage: EvalSpec, path: Path) -> Result:
                                 run.recipe.digest, run.folder.resolve().name,
                                 purpose=run.recipe.purpose(stage.name),
                                 ranks=run.ranks).digest)
-    made = [one.cost for one in run.ledger.attempts() if one.result.get("digest") in digests]
-    cost = {k: sum(c.get(k, 0) for c in made) for k in ("tokens", "flops", "device_seconds")}
+    costs = {attempt.result.get("digest"): attempt.cost for attempt in run.ledger.attempts()}
+    cost = {key: sum(costs[digest].get(key, 0) for digest in digests)
+            for key in ("tokens", "flops", "device_seconds")}
     return files.digest_of(digests), {**cost, "peak_memory_bytes": peak_memory()}
 
 
