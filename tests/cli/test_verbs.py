@@ -146,7 +146,9 @@ def test_bench(tmp_path: Path, cli: Any) -> None:
     assert one_object(cli("bench", "quick", "--folder", tmp_path, "--json")) == {"speed": 2}
     assert cli("bench", "no", "--folder", tmp_path).code == 1
     ended = cli("bench", "quik", "--folder", tmp_path)
-    assert ended.code == 2 and "quick" in ended.line
+    assert ended.code == 2 and "Did you mean 'quick'?" in ended.line
+    ended = cli("bench", "quick", "--folder", tmp_path / "elsewhere")
+    assert ended.code == 2 and "they are in the repository, not in the package" in ended.line
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, NoReturn
 try:
     import typer
 
+    from vicugna.cli import output
     from vicugna.cli.bench import bench
     from vicugna.cli.chat import chat
     from vicugna.cli.convert import convert
@@ -41,6 +42,7 @@ def _options(debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = Fal
 
 def main() -> NoReturn:
     """Run the command line: exits 0 done, 1 the answer is no, 2 the input was wrong."""
+    output.prepare_streams()
     interrupts: list[int] = []
 
     def interrupted(number: int, frame: object) -> None:

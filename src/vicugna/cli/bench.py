@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from vicugna.cli import output
-from vicugna.errors import VicugnaError
+from vicugna.errors import VicugnaError, did_you_mean
 
 
 def bench(
@@ -16,11 +16,16 @@ def bench(
     folder: Annotated[Path, typer.Option(help="Where the benchmarks are.")] = Path("benchmarks"),
     as_json: output.Json = False,
 ) -> None:
-    """Run one of the repository's BENCHMARKS; each ends with one JSON line."""
-    path = folder / f"{name}.py"
-    if not path.exists():
-        known = ", ".join(sorted(p.stem for p in folder.glob("*.py"))) or "none here"
-        raise VicugnaError(f"no benchmark {name!r}", str(folder), f"There are: {known}")
+    """Run a benchmark of the repository side by side with a peer; it ends with one JSON line.
+
+    The benchmarks are not part of the installed package: run this in a clone of the repository.
+    """
+    path, known = folder / f"{name}.py", sorted(path.stem for path in folder.glob("*.py"))
+    if not known:
+        raise VicugnaError("no benchmarks here: they are in the repository, not in the package",
+                           str(folder), "Run it in a clone of the repository, or give --folder")
+    if name not in known:
+        raise VicugnaError(f"no benchmark {name!r}", str(folder), did_you_mean(name, known))
     done = subprocess.run([sys.executable, str(path)], stdout=subprocess.PIPE if as_json else None,
                           text=True, check=False)
     if as_json and done.stdout.strip():

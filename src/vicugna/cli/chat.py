@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
@@ -54,15 +55,27 @@ def chat(
     from vicugna.engine import Sampling
     from vicugna.model import load  # PyTorch takes seconds to import: not for --help
 
+    once, system = once and output.as_text(once, "--once"), output.as_text(system, "--system")
     sampling = Sampling(max_new_tokens or sys.maxsize, temperature, top_k, top_p, seed=seed)
     conversation = Chat(load(model, dtype, device), sampling, system)
     if once is None and sys.stdin.isatty() and not as_json:
         return _interactive(conversation)
+    for text in filter(None, map(str.strip, _lines() if once is None else [once])):
+        _handle(conversation, text, as_json)
+
+
+def _lines() -> Iterator[str]:
     try:
-        for text in filter(None, map(str.strip, sys.stdin if once is None else [once])):
-            _handle(conversation, text, as_json)
-    except UnicodeDecodeError as error:
-        raise VicugnaError("not UTF-8 text", "standard input", "Send UTF-8") from error
+        yield from sys.stdin
+    except UnicodeError as error:
+        raise _undecodable(error) from error
+
+
+def _undecodable(error: UnicodeError) -> VicugnaError:
+    byte = (f": byte 0x{error.object[error.start]:02x}" if isinstance(error, UnicodeDecodeError)
+            else f": {error}")
+    return VicugnaError(f"not {sys.stdin.encoding.upper()} text{byte}", "standard input",
+                        "Send that encoding, or name yours: PYTHONIOENCODING=latin-1")
 
 
 def _interactive(conversation: Chat) -> None:
@@ -82,6 +95,8 @@ def _interactive(conversation: Chat) -> None:
                 return print()
             leaving = text is None
             print("\nCtrl-C again to quit." if leaving else f"{PLAIN}\nStopped.", file=sys.stderr)
+        except UnicodeDecodeError as error:
+            print(_undecodable(error), file=sys.stderr)
         except VicugnaError as error:
             print(f"{error}{' (/reset)' if conversation.turns else ''}.", file=sys.stderr)
 

@@ -1,6 +1,8 @@
 """What verbs print: one JSON object, or tables."""
 
+import io
 import json
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from vicugna.errors import VicugnaError
 
 if TYPE_CHECKING:  # it imports PyTorch, which takes seconds: not for --help
     from vicugna.evals import Row
@@ -19,6 +23,28 @@ Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto (a
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, ...")]
 
 
+def prepare_streams() -> None:
+    """Escape what the encoding of an output stream lacks, and make undecodable input an error (in
+    the C locale it would become lone surrogates); a closed stream is as /dev/null."""
+    for name, mode, errors in (("stdin", "r", "strict"), ("stdout", "w", "backslashreplace"),
+                               ("stderr", "w", "backslashreplace")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - open to the end
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
+
+
+def as_text(name: str, where: str) -> str:
+    """A command line argument; VicugnaError if bytes in it are not in the locale's encoding."""
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise VicugnaError(f"not text in {sys.getfilesystemencoding()}", where,
+                           "Write it in the encoding of your locale (see `locale`)") from error
+    return name
+
+
 def say(line: str) -> None:
     """A line for people, on standard error."""
     print(line, file=sys.stderr, flush=True)
@@ -26,7 +52,8 @@ def say(line: str) -> None:
 
 def as_json(value: Any) -> None:
     """The one JSON object of a `--json` call, on standard output."""
-    print(json.dumps(value, ensure_ascii=False), flush=True)
+    unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+    print(json.dumps(value, ensure_ascii=not unicode), flush=True)
 
 
 def table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]], right: int = 1) -> None:

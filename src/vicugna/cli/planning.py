@@ -4,9 +4,7 @@ Rooflines from published peaks (Williams et al., CACM 52(4), 2009), not measurem
 are in docs/guide.md, under the names used here.
 """
 
-import difflib
 import math
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache, cached_property
@@ -18,7 +16,7 @@ import yaml
 from vicugna import checkpoint
 from vicugna.checkpoint.folder import read_object
 from vicugna.checkpoint.source import PACKAGED
-from vicugna.errors import VicugnaError
+from vicugna.errors import VicugnaError, did_you_mean
 from vicugna.files import disk_errors
 from vicugna.models import read_config
 from vicugna.models.counts import Counts, count
@@ -166,9 +164,9 @@ def plan(of: Subject, gpu: str = "h100", dtype: str = "bf16", context: int = 819
     """The plan for a model. VicugnaError for an unknown config, GPU or dtype."""
     kinds = _published()["gpus"]
     if gpu.lower() not in kinds:
-        raise VicugnaError(f"unknown GPU {gpu!r}", "--gpu", nearest(gpu, kinds))
+        raise VicugnaError(f"unknown GPU {gpu!r}", "--gpu", did_you_mean(gpu, kinds))
     if dtype not in WEIGHT_BYTES:
-        raise VicugnaError(f"unknown dtype {dtype!r}", "--dtype", nearest(dtype, WEIGHT_BYTES))
+        raise VicugnaError(f"unknown dtype {dtype!r}", "--dtype", did_you_mean(dtype, WEIGHT_BYTES))
     if not (1e-6 <= utilisation <= 1 and 0 <= price <= 1e9):
         raise VicugnaError(f"a utilisation of {utilisation} or a price of {price} makes no sense",
                            "plan", "Give a part of 1, and what one GPU costs for an hour")
@@ -192,7 +190,7 @@ def subject(what: str) -> Subject:
     path = Path(what).expanduser()
     if not path.exists() and what not in PACKAGED:
         raise VicugnaError("no such model, file or folder", what,
-                           nearest(wanted, [*known, *PACKAGED]))
+                           did_you_mean(wanted, [*known, *PACKAGED]))
     if path.suffix in (".yaml", ".yml"):
         return _of_recipe(path)
     if path.suffix != ".json" and not (path / "config.json").exists():
@@ -210,12 +208,6 @@ def _of_recipe(path: Path) -> Subject:
     if read.model.start:
         return subject(read.model.start)
     return Subject(read.name, str(path), read.config)
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """Which of `known` was meant, or all of them."""
-    near = difflib.get_close_matches(word, known := list(known), 3)
-    return f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(known)}"
 
 
 @cache
