@@ -18,19 +18,23 @@ from vicugna.checkpoint.stored import Stored
 from vicugna.distributed import Ranks
 from vicugna.errors import VicugnaError
 from vicugna.memory import return_freed_memory
+from vicugna.training.compiling import compile_layers
 from vicugna.training.loss import Loss
-from vicugna.training.recipe import StageSpec
+from vicugna.training.recipe import RlSpec, StageSpec
 
 
 def place(loss: Loss, spec: StageSpec, ranks: Ranks,
           values: Iterable[tuple[str, Tensor]] | None = None) -> nn.Module:
-    """The loss ready to train on this rank's device, data-parallel where there are several.
+    """The loss ready to train on this rank's device: its layers compiled on a GPU, data-parallel
+    where there are several.
 
     The parameters and buffers of a network on the meta device become `values`, one by one, once
     there is memory for what this rank keeps of them: the whole float32 network is then nowhere.
     VicugnaError for FSDP2 with Muon.
     """
     network, sharded = loss.network, ranks.world > 1 and spec.parallel == "fsdp"
+    if not isinstance(spec, RlSpec):  # whose batches have other shapes in each step
+        compile_layers(network, ranks.device)
     if sharded and spec.optimiser.kind == "muon":
         raise VicugnaError("Muon needs whole matrices, which FSDP2 shards",
                            "optimiser.kind", "Use adamw with parallel: fsdp, or parallel: ddp")
