@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from vicugna.chat import encode, encode_training, render, sandbox
+from vicugna.chat import encode, encode_training, render
+from vicugna.chat.worker import WORKER
 from vicugna.errors import VicugnaError
 from vicugna.tokenizer import Tokenizer
 from vicugna.tokenizer.bpe import SPECIAL, VISIBLE
@@ -159,60 +162,71 @@ def with_template(tok: Tokenizer, folder: Path, template: str) -> Tokenizer:
 @pytest.mark.parametrize("template", [
     "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}",
     "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
-    "{{ 'a' * 10**9 }}", "{{ 10 ** 10 ** 10 }}", "{{ 'a'.ljust(10000) }}", "{{ '%9999999d' % 3 }}",
-    "{{ '{:99999999}'.format(3) }}", "{{ 'a' | center(10000) }}", "{{ lipsum() }}",
-    "{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}",
+    "{{ 'a' * 10**9 }}", "{{ 10 ** (10 ** 10) }}", "{{ 'a'.ljust(10**9) }}",
+    "{{ '%9999999d' % 3 }}", "{{ '{:99999999}'.format(3) }}", "{{ 'a' | center(10**9) }}",
+    "{{ lipsum() }}", "{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}",
     "{% set x = 'a' * 29000 %}" + "{{ x | list | sort | join | length }}" * 1100, "x" * 40_001,
     "{% set x = [1] * 9000 %}{% for i in x if i in x[1:] and 2 in x %}{% endfor %}",
-    "{% set x = [1] * 9000 %}" + "{{ (x, x) == (x, x) }}" * 1700,
     "{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}", "{{ cycler.__init__.__globals__ }}",
+    "{{ strftime_now.__self__.filters }}", "{{ self.__init__.__globals__ }}",
+    "{{ '{0.__class__.__mro__}'.format(3) }}", "{% include '/etc/hostname' %}",
+    "{% import 'os' as os %}", "{{ messages[0].update(role='system') }}",
     "{{ raise_exception('not like this') }}", "{% for x in messages %}", "{{ messages[9].role.x }}",
-    *("{% set n = namespace(x=['a']) %}{% for i in range(20) %}" + twice + "{% endfor %}{{ n.x }}"
+    *("{% set n = namespace(x=['a']) %}{% for i in range(30) %}" + twice + "{% endfor %}{{ n.x }}"
       for twice in ("{% set n.x = [n.x, n.x] %}", "{% set n.x = {'a': n.x, 'b': n.x} %}",
-                    "{% set n.x = (n.x, n.x) %}", "{% set n.x = dict(a=n.x, b=n.x) %}",
-                    "{% set n.x = cycler(n.x, n.x).items %}", "{% set n.x = [[n.x] + [n.x]] %}",
-                    "{% set n.x = namespace(a=n.x, b=n.x) %}",
+                    "{% set n.x = dict(a=n.x, b=n.x) %}", "{% set n.x = cycler(n.x, n.x).items %}",
                     "{% macro m() %}{% set n.x = varargs %}{% endmacro %}{{ m(n.x, n.x) }}",
                     "{% set x %}{{ n.x }}{{ n.x }}{% endset %}{% set n.x = x %}")),
-    "{% set s = 'a' * 29000 %}{{ s.replace('a', s) }}",
-    "{{ ('a' * 29000) | replace('a', 'aaaa') }}",
-    "{% set s = 'a' * 29000 %}{{ range(29000) | join(s) }}", "{{ 'a'.translate({97: 'b'}) }}",
-    "{% set s = 'a' * 29000 %}{{ s.join(['a'] * 29000) }}", "{{ 'a' | indent(10**6) }}",
-    "{% set s = 'a' * 29000 %}{{ range(999) | map('replace', '1', s) | list | length }}",
+    "{% set s = 'a' * 29000 %}{{ s.replace('a', s) }}", "{{ 'a' | indent(10**9) }}",
+    "{% set s = 'a' * 29000 %}{{ range(29000) | join(s) }}", "{{ (3).to_bytes(10**9) }}",
     "{% set s = 'a' * 29000 %}{% for i in range(999) %}{{ s }}{% endfor %}",
-    "{{ '{:99}'.format(3) }}", "{{ '{0.real}'.format(3) }}", "{{ '{}{}'.format('a' * 29000, 1) }}",
-    "{{ 'a'.encode() }}", "{{ (3).to_bytes(9) }}", "{% set s = 'a' * 29000 %}{{ s.join(s) }}",
-    "{% set x = ('a' * 14000) | list %}{{ x | max(attribute='0.' * 7000 ~ '0') }}",
-    "{% set x = ('a' * 14000) | list %}{{ x | select('in', range(14000)) | first }}",
-    "{% for i in range(9999) %}" + "a" * 1000 + "{% endfor %}", "{{ 1.5 | round(9**9, 'ceil') }}",
+    "{{ '{}{}'.format('a' * 10**9, 1) }}", "{{ 'a'.translate({97: 'b' * 10**9}) }}",
+    "{% set x = ('a' * 99000) | list %}{{ x | max(attribute='0.' * 7000 ~ '0') }}",
+    "{% set x = ('a' * 99000) | list %}{{ x | select('in', range(99000)) | first }}",
+    "{% for i in range(9999) %}" + "a" * 1000 + "{% endfor %}", "{{ ('a' * 10**7) | wordwrap(1) }}",
 ])
 def test_a_hostile_or_broken_template_is_an_error(tok: Tokenizer, tmp_path: Path,
                                                   template: str) -> None:
     with pytest.raises(VicugnaError, match="chat template"):
         encode(with_template(tok, tmp_path, template), [USER])
+    assert encode(tok, [USER])  # the next one is rendered as ever
 
 
-class Clock:
-    """Of a processor that stands still at its 50th look for `stall` seconds."""
-
-    def __init__(self, stall: float, step: float) -> None:
-        self.now, self.looks, self.stall, self.step = 0.0, 0, stall, step
-
-    def thread_time(self) -> float:
-        self.looks += 1
-        self.now += self.stall if self.looks == 50 else self.step
-        return self.now
+@pytest.mark.parametrize("template", [
+    "{{ ''.__class__ }}", "{{ ()|attr('__class__') }}", "{{ '{0.__class__}'.format(3) }}",
+    "{{ raise_exception.__globals__ }}", "{{ messages|map(attribute='__class__')|join }}"])
+def test_inner_attributes_are_undefined(tok: Tokenizer, tmp_path: Path, template: str) -> None:
+    assert render(with_template(tok, tmp_path, template), [USER]) == ""
 
 
-def test_a_machine_that_stands_still_is_no_fault_of_the_template(
-        tok: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A virtual machine's pause, a collection of garbage: its clock of the processor runs on."""
-    loops = with_template(tok, tmp_path, "{% for i in range(400) %}{{ i }}{% endfor %}")
-    monkeypatch.setattr(sandbox, "time", stalled := Clock(100.0, 0.0))
-    assert render(loops, [USER]).endswith("399") and stalled.looks > 400
-    monkeypatch.setattr(sandbox, "time", Clock(0.0, sandbox.MAX_SECONDS / 300))
-    with pytest.raises(VicugnaError, match="runs for too long"):
-        render(loops, [USER])
+def test_the_process_of_templates_is_replaced_when_it_ends(tok: Tokenizer) -> None:
+    """Killed from outside, or inherited by a process that forked: each has one of its own."""
+    due = render(tok, [USER])
+    process = WORKER._process
+    assert process is not None
+    process.kill()
+    process.wait()
+    assert render(tok, [USER]) == due and WORKER._process is not process
+    child = os.fork()
+    if not child:
+        os._exit(render(tok, [USER]) != due or WORKER._process is None)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert render(tok, [USER]) == due
+
+
+def test_many_threads_render_at_once(tok: Tokenizer, tmp_path: Path) -> None:
+    endless = with_template(tok, tmp_path, "{% for i in range(99999) %}{% for j in range(99999) %}"
+                                           "{% endfor %}{% endfor %}")
+
+    def rendered(number: int) -> str:
+        if number % 10 == 5:
+            with pytest.raises(VicugnaError, match="runs for too long"):
+                render(endless, [USER])
+        return render(tok, [{"role": "user", "content": f"number {number}"}])
+
+    with ThreadPoolExecutor(8) as threads:
+        for number, text in enumerate(threads.map(rendered, range(20))):
+            assert f"number {number}<" in text
 
 
 LOOKS = ["{% set c = '<think></think>' ~ messages[0].content %}{{ '<think>' in c }}",

@@ -1,8 +1,10 @@
 """From messages to tokens through the chat template, in which no user-provided text can become a
 special token."""
 
+import json
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import date as Date
 from functools import lru_cache, partial
 from itertools import chain
@@ -10,7 +12,7 @@ from typing import Any
 
 from vicugna.chat import coverage
 from vicugna.chat.messages import REASONING, Message, check_messages, check_tools, is_parts
-from vicugna.chat.sandbox import JsonText, Template
+from vicugna.chat.worker import WORKER
 from vicugna.errors import VicugnaError
 from vicugna.files import digest_of
 from vicugna.tokenizer import END_THINK, THINK, Tokenizer, valid_unicode
@@ -104,12 +106,8 @@ def digest(tokenizer: Tokenizer, date: Date | None = None) -> str:
     return digest_of([tokenizer.digest, (date or Date.today()).isoformat()])
 
 
-@lru_cache(maxsize=64)
-def _compiled(source: str, special_tokens: tuple[str, ...]) -> Template:
-    return Template(source, _first_symbols(special_tokens))
-
-
-def _first_symbols(names: Iterable[str]) -> list[str]:
+@lru_cache(maxsize=32)
+def _first_symbols(names: tuple[str, ...]) -> list[str]:
     """What to escape in a text so that it spells none of `names`: of each its first character that
     does not occur in words (usually that is "<"), or the whole of a token that is a word."""
     return sorted({next((part for part in name if not (part.isalnum() or part == "_")), name)
@@ -119,8 +117,6 @@ def _first_symbols(names: Iterable[str]) -> list[str]:
 def _mapped(value: Any, change: Callable[[str], Any]) -> Any:
     """Any JSON with all its strings and keys changed; the type's name for what is not JSON, such
     as an image, whose methods are none of a template's business."""
-    if isinstance(value, JsonText):
-        return JsonText(change(str(value)) or "", _mapped(value.value, change))
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):
@@ -131,19 +127,19 @@ def _mapped(value: Any, change: Callable[[str], Any]) -> Any:
 
 
 def _as_templates_expect(message: Message) -> Message:
-    """Without null fields, with the reasoning under all of its names, and with calls' arguments
-    that are JSON text as JsonText."""
+    """Without null fields, and with the reasoning under all of its names."""
     message = {key: value for key, value in message.items() if value is not None}
-    if reasoning := coverage.reasoning_of(message):
-        message = {**message, **dict.fromkeys(REASONING, reasoning)}
-    if calls := message.get("tool_calls"):
-        message["tool_calls"] = [{**call, "function": _with_json(call["function"])}
-                                 if "function" in call else _with_json(call) for call in calls]
-    return message
+    reasoning = coverage.reasoning_of(message)
+    return {**message, **dict.fromkeys(REASONING, reasoning)} if reasoning else message
 
 
-def _with_json(call: dict[str, Any]) -> dict[str, Any]:
-    return {**call, "arguments": JsonText.of(call["arguments"])}
+def _json_texts(messages: list[Message]) -> Iterator[tuple[str, Any]]:
+    """Calls' arguments that are JSON text of an object, with that object."""
+    for call in (call for message in messages for call in message.get("tool_calls") or []):
+        text = call.get("function", call)["arguments"]
+        with suppress(ValueError, RecursionError):
+            if isinstance(text, str) and isinstance(value := json.loads(text), dict):
+                yield text, value
 
 
 class _Rendering:
@@ -160,7 +156,7 @@ class _Rendering:
         if name not in tokenizer.templates:
             raise VicugnaError("this tokenizer has no chat template", "chat_template.jinja",
                                "Use plain text, or add a template to the checkpoint")
-        template = _compiled(tokenizer.templates[name], tuple(tokenizer.special_tokens))
+        source = tokenizer.templates[name]
         self._tokenizer = tokenizer
         check_messages(messages)
         check_tools(tools)
@@ -168,17 +164,19 @@ class _Rendering:
         texts: list[str] = []
         _mapped([messages, tools], texts.append)
         text = "".join(texts)
-        found = [part for part in template.parts if part in text]
+        found = [part for part in _first_symbols(tuple(tokenizer.special_tokens)) if part in text]
         # Rare ideographs, as neither case nor Python's repr changes them.
         free = (mark for mark in map(chr, range(*RARE))
-                if mark not in text and mark not in template.source)
+                if mark not in text and mark not in source)
         self._swaps = list(zip(found, free, strict=False))
         if len(self._swaps) < len(found):
             raise VicugnaError("every rare ideograph is in use", "messages", "Use fewer")
+        json_texts = {self._escape(text): _mapped(value, self._escape)
+                      for text, value in _json_texts(messages)}
         self._messages, tools = _mapped([messages, tools], self._escape)
-        size = len(str([self._messages, tools]))
-        self._render = partial(template.render, size, self._escape, date, tools=tools,
-                               documents=None, **tokenizer.named_tokens)
+        self._variables = {"tools": tools, "documents": None, **tokenizer.named_tokens}
+        self._render = partial(WORKER.render, source, swaps=self._swaps, json_texts=json_texts,
+                               date=date and date.isoformat())
 
     def _escape(self, text: str) -> str:
         for part, mark in self._swaps:
@@ -212,7 +210,8 @@ class _Rendering:
         """The text, still escaped, of the first `count` messages (all by default). VicugnaError
         where the template takes no parts, and would show them as a list of Python."""
         messages = self._messages[:count]
-        text = self._render(messages=messages, add_generation_prompt=prompt)
+        text = self._render({**self._variables, "messages": messages,
+                             "add_generation_prompt": prompt})
         for index, message in enumerate(messages):
             content = message.get("content")
             if content and is_parts(content) and str(content) in text:
