@@ -10,13 +10,12 @@ from torch import Tensor
 
 from vicugna import chat, checkpoint, engine
 from vicugna.chat.messages import image_parts
+from vicugna.dtypes import dtype_of
 from vicugna.engine import Delta, Sampling
 from vicugna.errors import VicugnaError
 from vicugna.models.layers.attention import Dense
 from vicugna.tokenizer import Tokenizer
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
-          "auto": None}
 Prompt = str | list[dict[str, Any]]
 
 
@@ -39,17 +38,16 @@ class Generation:
 
 
 def load(path: str | Path, dtype: str = "float32", device: str = "cpu") -> "Model":
-    """Load the checkpoint `path` (a folder in Hugging Face's form or Meta's, or a GGUF file), or of
-    Hub id `org/name[@revision]`; `dtype` is "float32", "bfloat16", "float16", or "auto" for what is
-    stored. Raises VicugnaError."""
-    if dtype not in DTYPES:
-        raise VicugnaError(f"unknown dtype {dtype!r}", "load", f"Use one of {', '.join(DTYPES)}")
+    """Load the checkpoint `path`: a folder in Hugging Face's form or Meta's, a GGUF file, a Hub id
+    `org/name[@revision]`, or the name of a packaged model (`smollm2`). `dtype` is "float32",
+    "bfloat16", "float16", or "auto" for what is stored. Raises VicugnaError."""
+    kind = None if dtype == "auto" else dtype_of(dtype, "load")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise VicugnaError(f"device {device!r} is not usable here", "load",
                            "Use 'cpu', or install a PyTorch that knows it") from error
-    read = checkpoint.read(path, DTYPES[dtype], device)
+    read = checkpoint.read(path, kind, device)
     return Model(read.network, read.tokenizer, read.generation_config, read.origin)
 
 

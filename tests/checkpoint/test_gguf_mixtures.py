@@ -123,7 +123,7 @@ def test_rows_of_a_stack_that_fill_no_blocks_stay_f16(tmp_path):
         assert (whole[name] - tensor).norm() <= 0.01 * tensor.norm(), name
 
 
-def test_a_half_of_another_kind_keeps_its_digits(tmp_path):
+def test_a_part_of_another_type_keeps_its_precision(tmp_path):
     checkpoint.Checkpoint(network_of(DEEPSEEK, torch.bfloat16)).save(tmp_path / "a")
     convert(tmp_path / "a", tmp_path / "m.gguf")
     values = torch.randn(4, 24, 64, generator=torch.Generator().manual_seed(0))

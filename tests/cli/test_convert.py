@@ -67,10 +67,10 @@ def test_the_name_of_the_target_need_not_say_the_form(a: Path, tmp_path: Path, c
 
 
 @pytest.mark.parametrize("target", ["b", "m.gguf"])
-def test_other_digits_need_leave(a: Path, tmp_path: Path, cli: Any, target: str) -> None:
+def test_rounding_needs_lossy(a: Path, tmp_path: Path, cli: Any, target: str) -> None:
     ended = cli("convert", a, tmp_path / target, "--dtype", "bfloat16")
     assert ended.code == 1
-    for words in ("would lose digits", "of 3,168 values of ", "weight would change", "--lossy"):
+    for words in ("would lose precision", "of 3,168 values of ", "weight would change", "--lossy"):
         assert words in ended.line
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]  # nothing is left over
     ended = cli("convert", a, tmp_path / target, "--dtype", "bfloat16", "--lossy", "--json")
@@ -84,7 +84,7 @@ def test_other_digits_need_leave(a: Path, tmp_path: Path, cli: Any, target: str)
 
 @pytest.mark.parametrize("target", ["b", "m.gguf"])
 @pytest.mark.parametrize("narrow", ["bfloat16", "float16"])
-def test_the_same_digits_need_none(tmp_path: Path, cli: Any, target: str, narrow: str) -> None:
+def test_the_same_values_need_no_lossy(tmp_path: Path, cli: Any, target: str, narrow: str) -> None:
     dtype = getattr(torch, narrow)
     write(tmp_path / "a", values=dtype)
     assert cli("convert", tmp_path / "a", tmp_path / target, "--dtype", narrow).code == 0
@@ -111,7 +111,7 @@ def test_what_is_quantised_is_said(a: Path, tmp_path: Path, cli: Any) -> None:
     assert cli("convert", a, tmp_path / "m.gguf", "--dtype", "q8_0").code == 1
     ended = cli("convert", a, tmp_path / "m.gguf", "--dtype", "q8_0", "--lossy")
     assert ended.code == 0
-    assert "Lost digits: q8_0 rounds the weights in blocks of 32" in ended.err
+    assert "Lost precision: q8_0 rounds the weights in blocks of 32" in ended.err
 
 
 def test_a_folder_with_other_things_stays_as_it_is(a: Path, tmp_path: Path, cli: Any) -> None:

@@ -16,16 +16,16 @@ from vicugna.checkpoint import load as loading
 from vicugna.checkpoint import state_dict
 from vicugna.checkpoint.foreign import start
 from vicugna.checkpoint.gguf import keys, writer
-from vicugna.checkpoint.gguf.file import MAGIC
+from vicugna.checkpoint.gguf.file import KINDS, MAGIC
 from vicugna.checkpoint.hf import directory
 from vicugna.checkpoint.stored import Mapped, Stored
+from vicugna.dtypes import DTYPES, name_of
 from vicugna.errors import Refused, VicugnaError
 from vicugna.files import disk_errors, replacing, sweep_temporaries
+from vicugna.progress import Report
 
-FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 FORMS = ("hf", "gguf")
 BLOCK = 2**20  # values that are cast and compared at once
-Report = Callable[[int, str], None]
 
 
 class Losses:
@@ -60,20 +60,20 @@ class Losses:
                 most = max(most, float(error.abs_().max()))
             self.forget(old)
         if changed:
-            kind = str(dtype).removeprefix("torch.")
+            kind = name_of(dtype)
             if not math.isfinite(most):
                 raise VicugnaError(f"tensor {name}{part} has values that are too large for {kind}",
                                    self.where, "Choose bfloat16 or float32")
             if not self.allowed:
-                self.note(f"digits: as {kind}, {changed:,} of {tensor.numel():,} values of "
+                self.note(f"precision: as {kind}, {changed:,} of {tensor.numel():,} values of "
                           f"{name}{part} would change, by up to {most:.1e}")
             self.rounded.setdefault(dtype, Counter())[name] += changed
         return cast
 
     def summary(self) -> list[str]:
         """What was lost, a line for each kind of loss."""
-        return self.notes + [f"digits: {changed.total():,} values of {len(changed):,} tensors "
-                             f"rounded to {str(dtype).removeprefix('torch.')}"
+        return self.notes + [f"precision: {changed.total():,} values of {len(changed):,} tensors "
+                             f"rounded to {name_of(dtype)}"
                              for dtype, changed in self.rounded.items()]
 
 
@@ -92,7 +92,7 @@ def convert(source: str | Path, target: str | Path, form: str | None = None,
     form = form or ("gguf" if target.suffix.lower() == ".gguf" else "hf")
     if form not in FORMS:
         raise VicugnaError(f"unknown form {form!r}", "--to", f"Use one of {', '.join(FORMS)}")
-    known = [*writer.KINDS] if form == "gguf" else [*FLOATS]
+    known = [*KINDS] if form == "gguf" else [*DTYPES]
     if dtype not in (None, *known):
         raise VicugnaError(f"{dtype!r} is not a dtype of {form} files", "--dtype",
                            f"Use one of {', '.join(known)}")
@@ -128,7 +128,7 @@ def convert(source: str | Path, target: str | Path, form: str | None = None,
     else:
         tensors = {name: replace(stored, dtype=kind, scale=None, load=partial(load, stored, kind))
                    for name, stored in wanted.items()
-                   for kind in [FLOATS.get(dtype or "", stored.kind)]}
+                   for kind in [DTYPES.get(dtype or "", stored.kind)]}
         directory.write_tensors(target, found, tensors)
     return {"source": str(source), "target": str(target), "form": form, "dtype": dtype or "as "
             "stored", "tensors": total, "lost": losses.summary()}
@@ -142,7 +142,7 @@ def _note_known(losses: Losses, config: dict[str, Any], dtype: str | None, passt
     if passthrough:
         losses.note(f"{passthrough:,} tensors that the model does not compute with")
     if dtype in ("q8_0", "q4_0"):
-        losses.note(f"digits: {dtype} rounds the weights in blocks of 32")
+        losses.note(f"precision: {dtype} rounds the weights in blocks of 32")
 
 
 def _check_target(source: Path, target: Path, form: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from vicugna.checkpoint.stored import raw_bytes
+from vicugna.dtypes import name_of
 from vicugna.files import digest_of
 from vicugna.tokenizer import Tokenizer
 
@@ -31,7 +32,7 @@ def digest(tensors: Mapping[str, Tensor], config: Mapping[str, Any], tokenizer: 
     """
     def entry(name: str) -> list[Any]:
         tensor = tensors[name]
-        return [name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape),
+        return [name, name_of(tensor.dtype), list(tensor.shape),
                 hashlib.sha256(raw_bytes(tensor)).hexdigest()]
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:

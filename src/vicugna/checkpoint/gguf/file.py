@@ -33,6 +33,11 @@ F32, F16, Q4_0, Q8_0, BF16 = 0, 1, 2, 8, 30
 REMOVED = {4: "Q4_2", 5: "Q4_3", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8",
            36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8"}  # types that GGML had once
 DTYPES = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
+KIND_OF = {dtype: kind for kind, dtype in DTYPES.items()}
+# What can be written, by the names of --dtype; as llama.h's llama_ftype; and types of keys.
+KINDS = {"float32": F32, "float16": F16, "bfloat16": BF16, "q8_0": Q8_0, "q4_0": Q4_0}
+FILE_TYPES = {F32: 0, F16: 1, Q4_0: 2, Q8_0: 7, BF16: 32}
+KEY_TYPES = {bool: BOOL, int: UINT32, float: FLOAT32, str: STRING, list: ARRAY}
 
 
 def package() -> ModuleType:

@@ -18,22 +18,9 @@ from torch import Tensor
 from vicugna.checkpoint.folder import JSON_BYTES
 from vicugna.checkpoint.foreign import start
 from vicugna.checkpoint.gguf import keys, vocabulary
-from vicugna.checkpoint.gguf.file import (
-    DTYPES,
-    F32,
-    MAGIC,
-    Entry,
-    decode,
-    scan,
-)
+from vicugna.checkpoint.gguf.file import DTYPES, F32, MAGIC, Entry, decode, scan
 from vicugna.checkpoint.gguf.keys import ARCHITECTURES
-from vicugna.checkpoint.gguf.tensors import (
-    FREQUENCIES,
-    PLAIN,
-    Layout,
-    hf_name,
-    layouts,
-)
+from vicugna.checkpoint.gguf.tensors import FREQUENCIES, PLAIN, Layout, hf_name, layouts
 from vicugna.checkpoint.stored import Stored, broken, short
 from vicugna.checkpoint.survey import Survey, default_generation_config
 from vicugna.errors import VicugnaError

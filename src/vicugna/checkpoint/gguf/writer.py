@@ -19,32 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vicugna.checkpoint.gguf import file as ggml
 from vicugna.checkpoint.gguf import keys, vocabulary
-from vicugna.checkpoint.gguf.file import (
-    ARRAY,
-    BF16,
-    BOOL,
-    DTYPES,
-    F16,
-    F32,
-    FLOAT32,
-    Q4_0,
-    Q8_0,
-    STRING,
-    UINT32,
-    Forget,
-    encode,
-    package,
-)
 from vicugna.checkpoint.gguf.keys import ARCHITECTURES
 from vicugna.checkpoint.gguf.tensors import FREQUENCIES, Group, groups
 from vicugna.checkpoint.stored import Stored
 from vicugna.checkpoint.survey import Survey
-
-KINDS = {"float32": F32, "float16": F16, "bfloat16": BF16, "q8_0": Q8_0, "q4_0": Q4_0}
-FILE_TYPES = {F32: 0, F16: 1, Q4_0: 2, Q8_0: 7, BF16: 32}  # llama.h: llama_ftype
-STORED = {dtype: kind for kind, dtype in DTYPES.items()}
-KEY_TYPES = {bool: BOOL, int: UINT32, float: FLOAT32, str: STRING, list: ARRAY}
 
 
 def text_part(found: Survey, tensors: Mapping[str, Stored]) -> tuple[Survey, dict[str, Stored]]:
@@ -59,22 +39,23 @@ def text_part(found: Survey, tensors: Mapping[str, Stored]) -> tuple[Survey, dic
 
 
 def write(path: Path, found: Survey, tensors: Mapping[str, Stored], dtype: str | None,
-          load: Callable[[Stored], Tensor], cast: Callable[..., Tensor], forget: Forget) -> None:
+          load: Callable[[Stored], Tensor], cast: Callable[..., Tensor], forget: ggml.Forget
+          ) -> None:
     """Write a checkpoint as a GGUF file: `tensors` are those of `found` to write, `dtype` one of
     KINDS, or None to keep what is stored; `load` gives a tensor as it is stored, `cast` (as
     `Losses.cast`) one in a dtype, `forget` (as `Mapped.forget`) is told of rows that are done with.
 
     Memory holds the largest tensor of the file. VicugnaError for what GGUF cannot represent.
     """
-    gguf, config = package(), found.config
-    factors, wanted = keys.rope_factors(config), KINDS.get(dtype or "")
+    gguf, config = ggml.package(), found.config
+    factors, wanted = keys.rope_factors(config), ggml.KINDS.get(dtype or "")
     planned = groups(config, tensors)
     kinds = {name: _kind(name, shape, group.sources[0], wanted, config)
              for group in planned for name, shape in zip(group.names, group.shapes, strict=True)}
     described = _keys(found, kinds["token_embd.weight"] if wanted is None else wanted)
     with closing(gguf.GGUFWriter(path, ARCHITECTURES[config["model_type"]])) as writer:
         for key, value in described.items():
-            writer.add_key_value(key, value, gguf.GGUFValueType(KEY_TYPES[type(value)]))
+            writer.add_key_value(key, value, gguf.GGUFValueType(ggml.KEY_TYPES[type(value)]))
         if factors is not None:
             writer.add_tensor_info(FREQUENCIES, factors.shape, np.dtype("f4"), factors.nbytes)
         for group in planned:
@@ -93,7 +74,7 @@ def write(path: Path, found: Survey, tensors: Mapping[str, Stored], dtype: str |
 
 
 def _made(group: Group, kinds: Mapping[str, int], load: Callable[[Stored], Tensor],
-          cast: Callable[..., Tensor], forget: Forget) -> Iterator[np.ndarray]:
+          cast: Callable[..., Tensor], forget: ggml.Forget) -> Iterator[np.ndarray]:
     """The tensors of a group, one after the other; a source of several is loaded once."""
     only = load(group.sources[0]) if group.names[1:] else None
     for n, name in enumerate(group.names):
@@ -103,7 +84,7 @@ def _made(group: Group, kinds: Mapping[str, int], load: Callable[[Stored], Tenso
 
 
 def _bytes(parts: Iterable[Tensor], sources: Sequence[Stored], kind: int,
-           cast: Callable[..., Tensor], forget: Forget) -> np.ndarray:
+           cast: Callable[..., Tensor], forget: ggml.Forget) -> np.ndarray:
     """A tensor of a file, made of parts of these sources. Matrices of a stack are turned into its
     GGML type one by one: together they would take several times their memory."""
     whole = None
@@ -112,9 +93,9 @@ def _bytes(parts: Iterable[Tensor], sources: Sequence[Stored], kind: int,
         blocks = part.unbind() if stacked else (part,)
         for m, block in enumerate(blocks):
             single = torch.float32 if block.dtype == torch.float64 else block.dtype
-            values = cast(block, DTYPES.get(kind, single), source.name,
+            values = cast(block, ggml.DTYPES.get(kind, single), source.name,
                           f"[{m}]" if stacked else "")
-            rows = encode(values, kind, forget)
+            rows = ggml.encode(values, kind, forget)
             if len(sources) == len(blocks) == 1:
                 return rows
             if whole is None:
@@ -130,8 +111,8 @@ def _keys(found: Survey, kind: int) -> dict[str, Any]:
     described = {f"{prefix}.{key}": value for key, value in
                  keys.hyperparameters(found.config).items()}
     described |= vocabulary.describe(found.tokenizer, found.files, found.config)
-    described |= {"general.type": "model", "general.file_type": FILE_TYPES[kind],
-             "general.quantization_version": package().GGML_QUANT_VERSION,
+    described |= {"general.type": "model", "general.file_type": ggml.FILE_TYPES[kind],
+             "general.quantization_version": ggml.package().GGML_QUANT_VERSION,
              "vicugna.config": json.dumps(found.config, ensure_ascii=False, sort_keys=True),
              "vicugna.generation_config": json.dumps(found.generation_config, sort_keys=True)}
     # GGUF has no empty lists.
@@ -141,15 +122,15 @@ def _keys(found: Survey, kind: int) -> dict[str, Any]:
 def _kind(name: str, shape: Sequence[int], source: Stored, wanted: int | None,
           config: Mapping[str, Any]) -> int:
     """The GGML type of a tensor, as llama.cpp's converter and quantiser choose it. What they give
-    Q6_K, which the package cannot write, is Q8_0 here."""
+    Q6_K, which the package cannot write, is ggml.Q8_0 here."""
     if len(shape) < 2 or name.endswith("_norm.weight") or "ffn_gate_inp" in name:
-        return F32
+        return ggml.F32
     if wanted is None:
-        return STORED.get(source.kind, F32)
-    if wanted in DTYPES:
+        return ggml.KIND_OF.get(source.kind, ggml.F32)
+    if wanted in ggml.DTYPES:
         return wanted
     if shape[-1] % 32:  # rows that do not fill blocks
-        return F16
+        return ggml.F16
     last = "token_embd.weight" if config.get("tie_word_embeddings") else "output.weight"
     small = config.get("num_local_experts") == 8 and ("attn_k." in name or "attn_v." in name)
-    return Q8_0 if name == last or small else wanted
+    return ggml.Q8_0 if name == last or small else wanted

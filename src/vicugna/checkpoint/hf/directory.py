@@ -16,13 +16,9 @@ from vicugna.checkpoint.folder import inside, read_object
 from vicugna.checkpoint.hf import weights
 from vicugna.checkpoint.stored import Stored, broken, short
 from vicugna.checkpoint.survey import Survey
+from vicugna.dtypes import name_of
 from vicugna.errors import VicugnaError
-from vicugna.files import (
-    disk_errors,
-    replacing_folder,
-    sweep_temporaries,
-    write_json,
-)
+from vicugna.files import disk_errors, replacing_folder, sweep_temporaries, write_json
 from vicugna.tokenizer import FILES as TOKENIZERS
 from vicugna.tokenizer import Tokenizer
 
@@ -125,8 +121,8 @@ def write_tensors(folder: str | Path, found: Survey, tensors: Mapping[str, Store
     sizes: Counter[torch.dtype] = Counter()
     for tensor in tensors.values():
         sizes[tensor.dtype] += tensor.nbytes
-    write(folder, tensors, sizes.most_common(1)[0][0], found.config,
-                  found.generation_config, found.tokenizer, found.files)
+    write(folder, tensors, sizes.most_common(1)[0][0], found.config, found.generation_config,
+          found.tokenizer, found.files)
 
 
 def updated(original: dict[str, Any], before: dict[str, Any], now: dict[str, Any]
@@ -160,7 +156,7 @@ def write(folder: str | Path, tensors: Mapping[str, Tensor | Stored], dtype: tor
         raise VicugnaError(f"the folder holds {min(others)}, which is not part of a checkpoint and "
                            "would be lost", str(folder), "Choose another folder")
     # Weights are written in full, and no code is taken along but our own.
-    name = str(dtype).removeprefix("torch.")
+    name = name_of(dtype)
     config = _with_dtype({key: value for key, value in config.items() if key not in (
         "quantization_config", "auto_map")}, name) | {"dtype": name, "torch_dtype": name}
     # Architectures that transformers does not know come with a thin file over this package.
