@@ -97,12 +97,12 @@ def llama4(folder: Path, **settings: Any) -> tuple[Any, Any]:
             "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 3,
             "interleave_moe_layer_step": 2, "attention_chunk_size": 64, "pad_token_id": 0,
             "max_position_embeddings": 2048, "eos_token_id": theirs.tokenizer.eos_token_id}
-    eyes = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2,
+    vision = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2,
             "num_attention_heads": 2, "image_size": SIDE, "patch_size": PATCH,
             "projector_input_dim": 24, "projector_output_dim": 24, "vision_output_dim": 24}
     torch.manual_seed(0)
     model = transformers.Llama4ForConditionalGeneration(transformers.Llama4Config(
-        text_config=text, vision_config=eyes,
+        text_config=text, vision_config=vision,
         image_token_index=theirs.tokenizer.convert_tokens_to_ids("<|patch|>"))).eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -73,36 +73,37 @@ def test_impossible_tokens(model, tokens, says):
 
 
 def test_generate_continues_text(model):
-    said = model.generate("the cat", max_new_tokens=5)
+    generation = model.generate("the cat", max_new_tokens=5)
     tokens = [model.tokenizer.bos_id, *model.tokenizer.encode("the cat")]
     want, logprobs = [], []
-    for _ in said.tokens:
+    for _ in generation.tokens:
         row = model.logits([tokens + want])[0, -1].log_softmax(-1)
         want.append(int(row.argmax()))
         logprobs.append(float(row.max()))
-    assert said.tokens == want
-    assert said.logprobs == pytest.approx(logprobs, abs=1e-4)
-    assert said.text == model.tokenizer.decode(want)
-    assert said.finish_reason in ("stop", "length")
-    assert said.usage == {"prompt_tokens": len(tokens), "completion_tokens": len(want),
+    assert generation.tokens == want
+    assert generation.logprobs == pytest.approx(logprobs, abs=1e-4)
+    assert generation.text == model.tokenizer.decode(want)
+    assert generation.finish_reason in ("stop", "length")
+    assert generation.usage == {"prompt_tokens": len(tokens), "completion_tokens": len(want),
                           "total_tokens": len(tokens) + len(want)}
 
 
 def test_generate_answers_messages(model):
     messages = [{"role": "user", "content": "the mat"}]
-    said = model.generate(messages, max_new_tokens=3, temperature=1.0, seed=7, top_k=5)
-    assert said.usage["prompt_tokens"] == len(encode(model.tokenizer, messages))
-    assert said == model.generate(messages, max_new_tokens=3, temperature=1.0, seed=7, top_k=5)
-    assert said.reasoning is None or isinstance(said.reasoning, str)
+    settings = {"max_new_tokens": 3, "temperature": 1.0, "seed": 7, "top_k": 5}
+    generation = model.generate(messages, **settings)
+    assert generation.usage["prompt_tokens"] == len(encode(model.tokenizer, messages))
+    assert generation == model.generate(messages, **settings)
+    assert generation.reasoning is None or isinstance(generation.reasoning, str)
 
 
 def test_stream_is_generate_in_pieces(model):
     options = {"max_new_tokens": 8, "temperature": 0.9, "seed": 3, "min_p": 0.01}
     deltas = list(model.stream("the hat", **options))
-    said = model.generate("the hat", **options)
-    assert "".join(delta.text for delta in deltas) == said.text
-    assert [token for delta in deltas for token in delta.tokens] == said.tokens
-    assert deltas[-1].finish_reason == said.finish_reason
+    generation = model.generate("the hat", **options)
+    assert "".join(delta.text for delta in deltas) == generation.text
+    assert [token for delta in deltas for token in delta.tokens] == generation.tokens
+    assert deltas[-1].finish_reason == generation.finish_reason
 
 
 @pytest.mark.parametrize(("prompt", "options", "says"), [

@@ -90,12 +90,11 @@ class Model(checkpoint.Checkpoint):
         VicugnaError without a tokenizer, for an impossible setting, for a prompt too long."""
         sampling, tokenizer = _sampling(settings), self.text_tokenizer()
         tokens, images = self.read(prompt)
-        done = engine.generate(self.network, tokenizer, [tokens], sampling, images=[images])[0]
-        usage = {"prompt_tokens": len(tokens), "completion_tokens": len(done.tokens),
-                 "total_tokens": len(tokens) + len(done.tokens)}
-        reasoning, _ = chat.parse_reply(tokenizer, done.tokens, tokens)
-        return Generation(done.text, reasoning, done.tokens, done.logprobs, done.finish_reason,
-                          usage)
+        out = engine.generate(self.network, tokenizer, [tokens], sampling, images=[images])[0]
+        usage = {"prompt_tokens": len(tokens), "completion_tokens": len(out.tokens),
+                 "total_tokens": len(tokens) + len(out.tokens)}
+        reasoning, _ = chat.parse_reply(tokenizer, out.tokens, tokens)
+        return Generation(out.text, reasoning, out.tokens, out.logprobs, out.finish_reason, usage)
 
     def stream(self, prompt: Prompt, **settings: Any) -> Iterator[Delta]:
         """As `generate`, token by token; the last delta has a finish_reason. Errors come now."""

@@ -60,9 +60,9 @@ def test_a_ragged_batch_equals_single_rows(kind):
 
 def test_equal_prompts_are_read_once_and_sampled_apart():
     prompts = [[1, 2, 3]] * 4 + [[4, 5, 6]]
-    told = Scripted([7, 8, 9], 3, VOCABULARY)
-    engine.generate(told, None, prompts, Sampling(max_new_tokens=2))
-    assert told.batches == [(2, 3), (5, 1)]
+    scripted = Scripted([7, 8, 9], 3, VOCABULARY)
+    engine.generate(scripted, None, prompts, Sampling(max_new_tokens=2))
+    assert scripted.batches == [(2, 3), (5, 1)]
     network, sampling = random_network(), Sampling(temperature=3.0, seed=5, max_new_tokens=20)
     copies = engine.generate(network, None, prompts, sampling)
     assert len({tuple(completion.tokens) for completion in copies}) == 5
@@ -73,11 +73,11 @@ def test_equal_prompts_are_read_once_and_sampled_apart():
 
 
 def test_finished_rows_leave_the_batch():
-    told = Scripted([7], 3, VOCABULARY)
+    scripted = Scripted([7], 3, VOCABULARY)
     samplings = [Sampling(max_new_tokens=n) for n in (1, 5, 2, 2)]
-    done = engine.generate(told, None, [[n, 2, 3] for n in range(4)], samplings)
+    done = engine.generate(scripted, None, [[n, 2, 3] for n in range(4)], samplings)
     assert [len(completion.tokens) for completion in done] == [1, 5, 2, 2]
-    assert told.batches == [(4, 3), (3, 1), (1, 1), (1, 1), (1, 1)]
+    assert scripted.batches == [(4, 3), (3, 1), (1, 1), (1, 1), (1, 1)]
 
 
 def expected_text(text, stops):
@@ -95,9 +95,9 @@ def expected_text(text, stops):
 def test_stop_strings_end_the_text_wherever_tokens_end(text, stops):
     tokenizer = small_tokenizer()
     script = [*tokenizer.encode(text), tokenizer.eos_ids[0]]
-    told, sampling = Scripted(script, 1, tokenizer.vocab_size), Sampling(99, stop=tuple(stops))
-    done = engine.generate(told, tokenizer, [[0]], sampling)[0]
-    deltas = list(engine.stream(told, tokenizer, [0], sampling))
+    scripted, sampling = Scripted(script, 1, tokenizer.vocab_size), Sampling(99, stop=tuple(stops))
+    done = engine.generate(scripted, tokenizer, [[0]], sampling)[0]
+    deltas = list(engine.stream(scripted, tokenizer, [0], sampling))
     assert done.text == "".join(delta.text for delta in deltas) == expected_text(text, stops)
     assert done.finish_reason == deltas[-1].finish_reason == "stop"
     assert done.tokens == script[: len(done.tokens)]  # and not one more than needed:
@@ -107,8 +107,8 @@ def test_stop_strings_end_the_text_wherever_tokens_end(text, stops):
 def test_end_of_turn_is_a_token_but_not_text():
     tokenizer = small_tokenizer()
     for end in tokenizer.eos_ids:
-        told = Scripted([*tokenizer.encode("abc"), end], 1, tokenizer.vocab_size)
-        done = engine.generate(told, tokenizer, [[0]], Sampling())[0]
+        scripted = Scripted([*tokenizer.encode("abc"), end], 1, tokenizer.vocab_size)
+        done = engine.generate(scripted, tokenizer, [[0]], Sampling())[0]
         assert (done.text, done.tokens[-1], done.finish_reason) == ("abc", end, "stop")
 
 
@@ -116,29 +116,29 @@ def test_half_a_character_is_held_back():
     tokenizer = small_tokenizer()
     script = [id for byte in "🦙".encode() for id in range(tokenizer.vocab_size)
               if tokenizer.token_bytes(id) == bytes([byte])]
-    told = Scripted(script, 1, tokenizer.vocab_size)
-    texts = [delta.text for delta in engine.stream(told, tokenizer, [0], Sampling(4))]
+    scripted = Scripted(script, 1, tokenizer.vocab_size)
+    texts = [delta.text for delta in engine.stream(scripted, tokenizer, [0], Sampling(4))]
     assert texts == ["", "", "", "🦙"]
-    assert engine.generate(told, tokenizer, [[0]], Sampling(3))[0].text == "\ufffd"
+    assert engine.generate(scripted, tokenizer, [[0]], Sampling(3))[0].text == "\ufffd"
 
 
 @pytest.mark.parametrize(("piece", "stops", "text"), [
     (b"xabc", ("abc", "b"), "xa"), (b"xabc", ("b", "ab"), "x"), (b"x|\xf0", ("|",), "x")])
 def test_one_token_may_hold_several_ends(piece, stops, text):
     tokenizer = small_tokenizer()
-    told = Scripted([5], 1, tokenizer.vocab_size)
+    scripted = Scripted([5], 1, tokenizer.vocab_size)
     with mock.patch.object(tokenizer, "token_bytes", lambda id: piece):
-        done = engine.generate(told, tokenizer, [[0]], Sampling(stop=stops))[0]
+        done = engine.generate(scripted, tokenizer, [[0]], Sampling(stop=stops))[0]
     assert (done.text, len(done.tokens), done.finish_reason) == (text, 1, "stop")
 
 
 def test_the_context_is_the_end():
-    told = Scripted([7], 5, VOCABULARY, context=8)
-    done = engine.generate(told, None, [[1] * 5, [1] * 8], Sampling(max_new_tokens=100))
+    scripted = Scripted([7], 5, VOCABULARY, context=8)
+    done = engine.generate(scripted, None, [[1] * 5, [1] * 8], Sampling(max_new_tokens=100))
     assert [len(c.tokens) for c in done] == [3, 0]
     assert {c.finish_reason for c in done} == {"length"}
     with pytest.raises(VicugnaError, match="9 tokens, but the context holds 8"):
-        engine.generate(told, None, [[1] * 9], Sampling())
+        engine.generate(scripted, None, [[1] * 9], Sampling())
 
 
 @pytest.mark.parametrize("polls", [0, 1, 4])
@@ -149,12 +149,12 @@ def test_cancelling_stops(polls):
         left[0] -= 1
         return left[0] == -1  # once only: the engine must not ask again
 
-    told = Scripted([7], 1, VOCABULARY)
-    done = engine.generate(told, None, [[1], [2]], Sampling(max_new_tokens=50), cancelled)
+    scripted = Scripted([7], 1, VOCABULARY)
+    done = engine.generate(scripted, None, [[1], [2]], Sampling(max_new_tokens=50), cancelled)
     assert [len(c.tokens) for c in done] == [polls] * 2
     assert {c.finish_reason for c in done} == {"cancelled"}
     left[0] = polls
-    deltas = list(engine.stream(told, None, [1], Sampling(max_new_tokens=50), cancelled))
+    deltas = list(engine.stream(scripted, None, [1], Sampling(max_new_tokens=50), cancelled))
     assert len(deltas) == polls + 1 and deltas[-1].finish_reason == "cancelled"
 
 

@@ -14,7 +14,7 @@ from vicugna.models.layers.attention import Dense
 IMAGE, FEATURES = 60, 4
 MODULE = sys.modules["vicugna.engine.generate"]  # the package has a function of this name
 GREEDY = Sampling(max_new_tokens=6)
-EYES = {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 1,
+VISION = {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 1,
         "num_attention_heads": 2, "image_size": 16, "patch_size": 4, "projector_input_dim": 16,
         "projector_output_dim": 16, "vision_output_dim": 16}
 TEXT = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 40, "intermediate_size_mlp": 40,
@@ -25,7 +25,7 @@ TEXT = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 40, "intermedi
 
 @pytest.fixture(scope="module")
 def network() -> Any:
-    made = models.build({"model_type": "llama4", "text_config": TEXT, "vision_config": EYES,
+    made = models.build({"model_type": "llama4", "text_config": TEXT, "vision_config": VISION,
                          "image_token_index": IMAGE})
     models.initialise(made, 0)
     torch.manual_seed(0)
@@ -57,27 +57,27 @@ IMAGES = [tiles(1, 0), tiles(3, 1), None, tiles(1, 3)]
 @torch.no_grad()
 def alone(network: Any, prompt: list[int], images: torch.Tensor | None) -> list[int]:
     """Greedy tokens, all of the prompt and its images anew for each."""
-    said: list[int] = []
+    generated: list[int] = []
     for _ in range(GREEDY.max_new_tokens):
-        row = torch.tensor([[*prompt, *said]])
+        row = torch.tensor([[*prompt, *generated]])
         hidden = network(row, torch.arange(row.shape[1])[None], Dense(), images=images)
-        said.append(int(network.lm_head(hidden)[0, -1].argmax()))
-    return said
+        generated.append(int(network.lm_head(hidden)[0, -1].argmax()))
+    return generated
 
 
-def said(done: list[Completion]) -> list[list[int]]:
+def tokens_of(done: list[Completion]) -> list[list[int]]:
     return [one.tokens for one in done]
 
 
 @pytest.mark.parametrize("chunk", [16, 2048])
-def test_a_batch_says_what_each_prompt_does_alone(network: Any, chunk: int,
+def test_a_batch_continues_as_each_prompt_alone(network: Any, chunk: int,
                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the prompts are read in chunks, of which one ends within an image."""
     monkeypatch.setattr(MODULE, "_CHUNK", chunk)
     monkeypatch.setattr(MODULE, "_TILES", 2)
     due = [alone(network, *pair) for pair in zip(PROMPTS, IMAGES, strict=True)]
     assert due[0] != due[3]  # the image alone tells them apart
-    assert said(generate(network, None, PROMPTS, GREEDY, images=IMAGES)) == due
+    assert tokens_of(generate(network, None, PROMPTS, GREEDY, images=IMAGES)) == due
     for prompt, images, expected in zip(PROMPTS, IMAGES, due, strict=True):
         steps = stream(network, None, prompt, GREEDY, images=images)
         assert [token for step in steps for token in step.tokens] == expected
@@ -95,20 +95,20 @@ def test_images_are_encoded_once(network: Any, monkeypatch: pytest.MonkeyPatch) 
     assert twice[0].tokens == twice[1].tokens
 
 
-@pytest.mark.parametrize(("prompts", "images", "says"), [
+@pytest.mark.parametrize(("prompts", "images", "message"), [
     (PROMPTS[:1], [tiles(2, 0)], "4 image tokens, but 2 tiles make 8"),
     (PROMPTS[:1], [tiles(0, 0)], "4 image tokens, but 0 tiles"),
     (PROMPTS[2:3], [tiles(1, 0)], "0 image tokens, but 1 tiles"),
     (PROMPTS[:2], [None, tiles(3, 0)], "prompt 1: 4 image tokens, but 0 tiles"),
     (PROMPTS[:2], [tiles(1, 0)], "2 prompts but 1 lists of images"),
     (PROMPTS[:1], [tiles(1, 0)[..., 1:]], "Give tiles of 3 x 16 x 16")])
-def test_images_that_do_not_fit_are_named(network: Any, prompts: Any, images: Any, says: str
+def test_images_that_do_not_fit_are_named(network: Any, prompts: Any, images: Any, message: str
                                           ) -> None:
-    with pytest.raises(VicugnaError, match=says):
+    with pytest.raises(VicugnaError, match=message):
         generate(network, None, prompts, GREEDY, images=images)
 
 
-def test_a_network_without_eyes_takes_no_images() -> None:
-    blind = models.build({"model_type": "llama4_text", **TEXT})
+def test_a_network_without_a_vision_encoder_takes_no_images() -> None:
+    text_only = models.build({"model_type": "llama4_text", **TEXT})
     with pytest.raises(VicugnaError, match="no vision encoder"):
-        stream(blind, None, PROMPTS[0], GREEDY, images=IMAGES[0])
+        stream(text_only, None, PROMPTS[0], GREEDY, images=IMAGES[0])

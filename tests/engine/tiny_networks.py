@@ -1,4 +1,4 @@
-"""Small networks for the engine's tests: random ones, and one that says what it is told."""
+"""Small networks for the engine's tests: random ones, and one that generates a script."""
 
 from functools import lru_cache
 from types import SimpleNamespace
@@ -44,7 +44,7 @@ def plain_logits(network, tokens):
 
 
 class Scripted(nn.Module):
-    """After a prompt of `start` tokens it says `script`; then its last token for ever."""
+    """After a prompt of `start` tokens it generates `script`, then its last token for ever."""
 
     def __init__(self, script, start, vocab_size, context=4096):
         super().__init__()

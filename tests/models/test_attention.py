@@ -58,9 +58,9 @@ class Largest(TorchDispatchMode):
 def test_no_matrix_of_all_scores_is_made(span, values):
     T, H = 4096, 2
     q, k = torch.randn(2, 1, T, H, 8).unbind()
-    with torch.no_grad(), Largest() as seen:
+    with torch.no_grad(), Largest() as largest:
         Dense()(0, q, k, torch.randn(1, T, H, values), span)
-    assert seen.elements < T * T / 8
+    assert largest.elements < T * T / 8
 
 
 class Operations(TorchDispatchMode):
@@ -84,8 +84,8 @@ def test_mixed_precision_goes_by_blocks(packed):
     v = torch.randn(2, T, 2, 8, dtype=torch.bfloat16)
     lengths = (70, T - 70) if packed else (T,)
     positions = torch.cat([torch.arange(n) for n in lengths]).expand(2, T)
-    with torch.autocast("cpu", torch.bfloat16), Operations() as seen:
+    with torch.autocast("cpu", torch.bfloat16), Operations() as operations:
         got = Dense(positions)(0, q, k, v, Span())
-    assert not any("scaled_dot_product" in name for name in seen.names)
+    assert not any("scaled_dot_product" in name for name in operations.names)
     assert got.dtype == torch.bfloat16
     torch.testing.assert_close(got.float(), plain(q, k, v.float(), positions, T), atol=0.03, rtol=0)

@@ -223,7 +223,7 @@ def test_stated_sizes(name: str) -> None:
     ("llama-4-scout", 2 * 48 * 8 * 128, 12),
     ("deepseek-v3", 61 * (512 + 64), 61)])
 def test_cache_elements(name: str, kept: int, full: int) -> None:
-    """All layers grow up to their window; only those that see everything grow on."""
+    """All layers grow up to their window; only those with full attention grow on."""
     made = known(name)
     assert made.cache_elements(100) == kept * 100
     layers = len(made.layers)
@@ -280,14 +280,14 @@ def test_experts_read_by_a_batch() -> None:
     assert many == pytest.approx(made.multiplied + made.routed * (1 - made.share))
 
 
-@pytest.mark.parametrize(("changes", "said"), [
+@pytest.mark.parametrize(("changes", "message"), [
     ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1,000,000,000"),
     ({"num_local_experts": 10**9}, "num_local_experts is 1,000,000,000"),
     ({"hidden_size": 2**62, "head_dim": 2}, "no network can be built"),
     ({"model_type": "lama"}, "Did you mean 'llama'"),
     ({"vocab_size": None}, "missing vocab_size")])
-def test_impossible_configs(changes: Config, said: str) -> None:
+def test_impossible_configs(changes: Config, message: str) -> None:
     config = {"model_type": "llama", "vocab_size": 50, "hidden_size": 64, "intermediate_size": 96,
               "num_hidden_layers": 2, "num_attention_heads": 4}
-    with pytest.raises(VicugnaError, match=said):
+    with pytest.raises(VicugnaError, match=message):
         counts.count({**config, **changes})

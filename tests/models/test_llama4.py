@@ -34,7 +34,7 @@ CHUNK, IMAGE = 16, 90
 LAYERS = {**TINY, "num_hidden_layers": 4, "intermediate_size": 40, "intermediate_size_mlp": 72,
           "head_dim": 16, "num_local_experts": 4, "attention_chunk_size": CHUNK,
           "floor_scale": 8, "attn_scale": 0.5, "interleave_moe_layer_step": 2}
-EYES = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2,
+VISION = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2,
         "num_attention_heads": 2, "image_size": 24, "patch_size": 4, "projector_input_dim": 24,
         "projector_output_dim": 24, "vision_output_dim": 24, "initializer_range": 0.1}
 FEATURES = 9  # of a tile: 6 * 6 patches, four of which make one
@@ -47,8 +47,8 @@ def text(**changes):
     return Llama4TextConfig(**{**LAYERS, **changes})
 
 
-def multimodal(eyes=(), **changes):
-    return Llama4Config(text_config={**LAYERS, **changes}, vision_config={**EYES, **dict(eyes)},
+def multimodal(vision=(), **changes):
+    return Llama4Config(text_config={**LAYERS, **changes}, vision_config={**VISION, **dict(vision)},
                         image_token_index=IMAGE, boi_token_index=88, eoi_token_index=89)
 
 
@@ -66,7 +66,7 @@ CASES = {
     "a global layer every second": {"no_rope_layer_interval": 2},
     "a list of global layers": {"no_rope_layers": [0, 1, 1, 0]},
     "RoPE everywhere": {"no_rope_layers": [1, 1, 1, 1]},
-    "RoPE layers see everything": {"layer_types": ["full_attention"] * 4},
+    "RoPE layers with full attention": {"layer_types": ["full_attention"] * 4},
     "a global layer in chunks": {"layer_types": ["chunked_attention", "full_attention"] * 2},
     "experts in every layer": {"interleave_moe_layer_step": 1},
     "experts in listed layers": {"moe_layers": [0, 3]},
@@ -105,14 +105,14 @@ def agree_padded_by_column(theirs, ours, tokens, pads, parts, images=None):
         network = ours
         if images is not None:
             count = int((part == IMAGE).sum()) // FEATURES
-            network = Looking(ours, images[used : used + count])
+            network = WithImages(ours, images[used : used + count])
             used += count
         got.append(logits_of(network, part, positions, cache))
     near(torch.cat(got, 1)[mask], due[mask])
 
 
-class Looking:
-    """A network that is shown these images whenever it is called."""
+class WithImages:
+    """A network that is given these images whenever it is called."""
 
     def __init__(self, network, images):
         self.network, self.images, self.lm_head = network, images, network.lm_head
@@ -121,7 +121,7 @@ class Looking:
         return self.network(tokens, positions, attend, images=self.images)
 
 
-def test_a_padded_row_says_what_it_says_alone():
+def test_padding_does_not_change_a_row():
     """Its own positions decide, so the padding that batching adds changes nothing; where
     temperature tuning is off, transformers says so too."""
     theirs, ours = both()
@@ -142,7 +142,7 @@ def test_ties_between_experts_break_as_in_transformers():
 
 
 def test_without_a_chunk_size_every_layer_sees_everything():
-    """transformers refuses to run such a file; layers of the same weights that all see everything
+    """transformers refuses to run such a file; layers of the same weights with full attention
     are what it means."""
     theirs, ours = pair(text(layer_types=["full_attention"] * 4))
     unbounded = models.build({**ours.config.to_dict(), "layer_types": None,
@@ -170,7 +170,7 @@ def test_8192_is_crossed_after_padding_and_in_a_cache():
 
 @pytest.mark.parametrize("past", [8190, 16380, 32766, 40000])
 def test_temperature_grows_beyond_32k(past):
-    """A layer that sees everything, after `past` keys and values made up for both."""
+    """A layer with full attention, after `past` keys and values made up for both."""
     theirs, ours = pair(text(**LONG | {"num_hidden_layers": 1, "no_rope_layers": [0]}))
     torch.manual_seed(0)
     keys, values = torch.randn(1, 1, past, 8), torch.randn(1, 1, past, 8)
@@ -240,7 +240,7 @@ def test_gradients_equal_transformers(changes):
 # Images.
 
 
-def picture_rows():
+def image_rows():
     """Two rows, the second with 7 tokens of padding before it: two images of one and two tiles in
     the first, one of one tile in the second. Their four tiles."""
     tokens, tile = random_tokens(2, 50, vocabulary=80), [IMAGE] * FEATURES
@@ -251,27 +251,27 @@ def picture_rows():
 
 def test_images_among_text_equal_transformers():
     theirs, ours = both(multimodal)
-    tokens, pads, images = picture_rows()
+    tokens, pads, images = image_rows()
     with torch.no_grad():
         due = theirs(tokens, pixel_values=images).logits
-        blind = theirs(tokens).logits
+        text_only = theirs(tokens).logits
     near(Model(ours).logits(tokens, images=images), due)
-    near(Model(ours).logits(tokens), blind)
-    assert (due - blind).abs().max() > 0.1  # the images are seen
+    near(Model(ours).logits(tokens), text_only)
+    assert (due - text_only).abs().max() > 0.1  # the images matter
     swapped = Model(ours).logits(tokens, images=images[[1, 0, 2, 3]])
     assert (swapped - due)[0, 4:].abs().max() > 1e-2  # and their order matters
     agree_padded_by_column(theirs, ours, tokens, pads, [50], images)
 
 
-def test_images_are_seen_once_in_a_cache():
+def test_images_are_encoded_once_with_a_cache():
     """Row 0 alone: its three tiles come with the calls that hold their tokens."""
     theirs, ours = both(multimodal)
-    tokens, _, images = picture_rows()
+    tokens, _, images = image_rows()
     for parts in ([14, 15, 21], [4, 9, 7, 18, 1, 1, 10]):
         agree_padded_by_column(theirs, ours, tokens[:1], [0], parts, images[:3])
 
 
-EYE_CASES = {
+VISION_CASES = {
     "no shuffle": {"pixel_shuffle_ratio": 1.0, "intermediate_size": 32},
     "squares of nine": {"pixel_shuffle_ratio": 1 / 3, "intermediate_size": 288},
     "an edge cut off": {"image_size": 27},
@@ -281,9 +281,9 @@ EYE_CASES = {
 }
 
 
-@pytest.mark.parametrize("eyes", EYE_CASES.values(), ids=EYE_CASES)
-def test_image_features_equal_transformers(eyes):
-    theirs, ours = pair(multimodal(eyes, num_hidden_layers=1), make=AutoModelForImageTextToText)
+@pytest.mark.parametrize("vision", VISION_CASES.values(), ids=VISION_CASES)
+def test_image_features_equal_transformers(vision):
+    theirs, ours = pair(multimodal(vision, num_hidden_layers=1), make=AutoModelForImageTextToText)
     config = ours.config.vision_config
     images = torch.randn(2, config.num_channels, config.image_size, config.image_size)
     with torch.no_grad():
@@ -295,7 +295,7 @@ def test_image_features_equal_transformers(eyes):
 
 def test_gradients_reach_the_vision_encoder():
     theirs, ours = pair(multimodal(num_hidden_layers=2), make=AutoModelForImageTextToText)
-    tokens, _, images = picture_rows()
+    tokens, _, images = image_rows()
     theirs(tokens, pixel_values=images, labels=tokens).loss.backward()
     positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
     logits = ours.lm_head(ours(tokens, positions, Dense(), images))
@@ -318,13 +318,13 @@ IMAGE_ERRORS = {
 
 @pytest.mark.parametrize("shape, words", IMAGE_ERRORS.values(), ids=IMAGE_ERRORS)
 def test_images_that_do_not_fit_are_named(shape, words):
-    tokens, _, _ = picture_rows()
+    tokens, _, _ = image_rows()
     with pytest.raises(VicugnaError) as error:
         Model(both(multimodal)[1]).logits(tokens, images=torch.zeros(shape))
     assert words in str(error.value)
 
 
-def test_a_text_model_sees_no_images():
+def test_a_text_only_model_takes_no_images():
     with pytest.raises(VicugnaError, match="no vision encoder"):
         Model(both()[1]).logits([[1, 2]], images=torch.zeros(1, 3, 24, 24))
 
@@ -429,7 +429,7 @@ def test_parameters_are_as_many_as_the_formula_says(data):
     wide = C * shuffle**2
     patches = (side * shuffle) ** 2
     layer = 4 * (C * C + C) + 2 * C * wide + wide + C + 4 * C
-    eyes = (3 * P * P * C + C + (patches + 1) * C + 4 * C + L * layer + wide * out + out * out)
+    encoder = (3 * P * P * C + C + (patches + 1) * C + 4 * C + L * layer + wide * out + out * out)
     vision = {"hidden_size": C, "intermediate_size": wide, "num_hidden_layers": L,
               "num_attention_heads": heads, "image_size": side * shuffle * P, "patch_size": P,
               "pixel_shuffle_ratio": 1 / shuffle, "projector_input_dim": out,
@@ -441,7 +441,7 @@ def test_parameters_are_as_many_as_the_formula_says(data):
 
     assert count(config) == expected
     whole = {"model_type": "llama4", "text_config": config, "vision_config": vision}
-    assert count(whole) == expected + eyes + out * D
+    assert count(whole) == expected + encoder + out * D
 
 
 def test_initialise_fills_everything_the_same_way():

@@ -9,7 +9,7 @@ from vicugna.errors import VicugnaError
 TEXT = Llama4TextConfig(vocab_size=97, hidden_size=64, num_hidden_layers=4, num_attention_heads=4,
                         num_key_value_heads=2, head_dim=16, intermediate_size=40,
                         intermediate_size_mlp=72, num_local_experts=4).to_dict()
-EYES = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2,
+VISION = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2,
         "num_attention_heads": 2, "image_size": 24, "patch_size": 4, "projector_input_dim": 24,
         "projector_output_dim": 24, "vision_output_dim": 24}
 
@@ -29,12 +29,12 @@ BAD = {
 @pytest.mark.parametrize("changes, words", BAD.values(), ids=BAD)
 def test_impossible_text_configs_are_named(changes, words):
     config = {**TEXT, **changes}
-    for whole in (config, {"model_type": "llama4", "text_config": config, "vision_config": EYES}):
+    for whole in (config, {"model_type": "llama4", "text_config": config, "vision_config": VISION}):
         with pytest.raises(VicugnaError, match=words):
             models.build(whole)
 
 
-BAD_EYES = {
+BAD_VISION = {
     "ratio": ({"pixel_shuffle_ratio": 0.4}, "pixel_shuffle_ratio 0.4"),
     "side": ({"image_size": 20}, "a side of 5 patches"),
     "no patch": ({"image_size": 3}, "a side of 0 patches"),
@@ -51,9 +51,9 @@ BAD_EYES = {
 }
 
 
-@pytest.mark.parametrize("changes, words", BAD_EYES.values(), ids=BAD_EYES)
+@pytest.mark.parametrize("changes, words", BAD_VISION.values(), ids=BAD_VISION)
 def test_impossible_vision_configs_are_named(changes, words):
-    whole = Llama4Config(text_config=TEXT, vision_config=EYES).to_dict()
+    whole = Llama4Config(text_config=TEXT, vision_config=VISION).to_dict()
     whole["vision_config"] = {**whole["vision_config"], **changes}
     with pytest.raises(VicugnaError, match=words):
         models.build(whole)

@@ -16,9 +16,9 @@ from vicugna.errors import VicugnaError
 from vicugna.models import counts
 
 TEXT = {**parity.TINY, "model_type": "mistral", "head_dim": 24, "sliding_window": None}
-EYES = {"model_type": "pixtral", "hidden_size": 16, "intermediate_size": 24, "image_size": 28,
+VISION = {"model_type": "pixtral", "hidden_size": 16, "intermediate_size": 24, "image_size": 28,
         "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 14}
-SEES = {"make": AutoModelForImageTextToText}
+AS_VISION = {"make": AutoModelForImageTextToText}
 MINISTRAL = {
     "model_type": "ministral3", "pad_token_id": None, "max_position_embeddings": 256,
     "rope_parameters": {
@@ -28,7 +28,7 @@ MINISTRAL = {
 
 
 def config(tied=False, **text):
-    return Mistral3Config(text_config={**TEXT, **text}, vision_config=EYES, image_token_index=9,
+    return Mistral3Config(text_config={**TEXT, **text}, vision_config=VISION, image_token_index=9,
                           tie_word_embeddings=tied)
 
 
@@ -43,20 +43,21 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_logits_equal_transformers(case):
-    theirs, ours = parity.pair(config(**case), **SEES)
+    theirs, ours = parity.pair(config(**case), **AS_VISION)
     parity.agree(theirs, ours, parity.random_tokens(3, 40))
 
 
 @pytest.mark.parametrize("case", ["tied", "ministral 3"])
 def test_gradients_equal_transformers(case):
-    theirs, ours = parity.pair(config(**CASES[case]), **SEES)
+    theirs, ours = parity.pair(config(**CASES[case]), **AS_VISION)
     parity.agree_gradients(theirs, ours, parity.random_tokens(2, 40))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_round_trip_with_the_image_encoder(case, dtype, tmp_path):
-    parity.agree_round_trip(parity.reference(config(**case), **SEES).to(dtype), tmp_path, **SEES)
+def test_round_trip_with_the_vision_encoder(case, dtype, tmp_path):
+    theirs = parity.reference(config(**case), **AS_VISION).to(dtype)
+    parity.agree_round_trip(theirs, tmp_path, **AS_VISION)
     written = parity.tensors_of(tmp_path / "ours")
     assert {name.split(".")[0] for name in written} == {"language_model", "vision_tower",
                                                         "multi_modal_projector"}
@@ -75,7 +76,7 @@ def published(folder, theirs, **changes):
 
 
 def test_files_as_published(tmp_path):
-    theirs = parity.reference(config(**CASES["as published"]), **SEES)
+    theirs = parity.reference(config(**CASES["as published"]), **AS_VISION)
     content = published(tmp_path / "a", theirs)
     model = vicugna.load(tmp_path / "a")
     parity.agree_uncached(theirs, model.network, parity.random_tokens(1, 20))
@@ -87,7 +88,7 @@ def test_files_as_published(tmp_path):
 
 def test_a_head_of_its_own_though_the_config_ties_it(tmp_path):
     """As transformers 5 saves what it loaded from the published files."""
-    theirs = parity.reference(config(**CASES["as published"]), **SEES)
+    theirs = parity.reference(config(**CASES["as published"]), **AS_VISION)
     published(tmp_path / "a", theirs, tie_word_embeddings=True)
     theirs = AutoModelForImageTextToText.from_pretrained(tmp_path / "a")
     ours = vicugna.load(tmp_path / "a")
@@ -101,7 +102,7 @@ def test_a_head_of_its_own_though_the_config_ties_it(tmp_path):
 
 
 def test_a_head_that_is_missing_is_named(tmp_path):
-    theirs = parity.reference(config(**CASES["as published"]), **SEES)
+    theirs = parity.reference(config(**CASES["as published"]), **AS_VISION)
     published(tmp_path, theirs)
     tensors = parity.tensors_of(tmp_path)
     del tensors["language_model.lm_head.weight"]
@@ -130,8 +131,8 @@ def test_images_are_refused():
 @pytest.mark.parametrize("changes", [
     {}, {"vision_feature_layer": [-2, -1]}, {"multimodal_projector_bias": True},
     {"spatial_merge_size": 1}])
-def test_the_image_encoder_is_counted(changes):
-    whole = Mistral3Config(text_config=TEXT, vision_config={**EYES, "num_hidden_layers": 2},
+def test_the_vision_encoder_is_counted(changes):
+    whole = Mistral3Config(text_config=TEXT, vision_config={**VISION, "num_hidden_layers": 2},
                            tie_word_embeddings=False, **changes)
     theirs = AutoModelForImageTextToText.from_config(whole)
     made = counts.count(theirs.config.to_dict())
@@ -141,10 +142,10 @@ def test_the_image_encoder_is_counted(changes):
 
 
 @pytest.mark.parametrize("images", [
-    {"vision_config": 3}, {"vision_config": {**EYES, "patch_size": [14, 14]}},
-    {"vision_config": {**EYES, "hidden_size": 0}},
-    {"vision_config": EYES, "spatial_merge_size": None}])
-def test_impossible_image_encoders_are_named(images):
+    {"vision_config": 3}, {"vision_config": {**VISION, "patch_size": [14, 14]}},
+    {"vision_config": {**VISION, "hidden_size": 0}},
+    {"vision_config": VISION, "spatial_merge_size": None}])
+def test_impossible_vision_encoders_are_named(images):
     with pytest.raises(VicugnaError, match="of the vision encoder"):
         models.build({"model_type": "mistral3", "text_config": TEXT, **images})
 

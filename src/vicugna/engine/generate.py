@@ -133,7 +133,7 @@ def _rows(network: nn.Module, tokenizer: Tokenizer | None, prompts: list[list[in
     for name, given in (("samplings", len(samplings)), ("lists of images", len(tiles_of))):
         if given != len(prompts):
             raise VicugnaError(f"{len(prompts)} prompts but {given} {name}", "generate",
-                               "Give one for all, or one for each")
+                               "Pass one for all, or one for each prompt")
     config: Any = network.config
     context, V = config.context_length, config.vocab_size
     copies, rows = Counter[Any](), list[_Sequence]()
@@ -141,7 +141,7 @@ def _rows(network: nn.Module, tokenizer: Tokenizer | None, prompts: list[list[in
             zip(map(tuple, prompts), tiles_of, samplings, strict=True)):
         where = f"prompt {number + 1}"
         if not prompt:
-            raise VicugnaError("the prompt is empty", where, "Give at least one token")
+            raise VicugnaError("the prompt is empty", where, "It needs at least one token")
         if len(prompt) > context:
             raise VicugnaError(f"{len(prompt)} tokens, but the context holds {context}", where,
                                "Shorten it, or use a model with a longer context")
@@ -149,7 +149,8 @@ def _rows(network: nn.Module, tokenizer: Tokenizer | None, prompts: list[list[in
             raise VicugnaError(f"token ids from {min(prompt)} to {max(prompt)}, but the "
                                f"vocabulary has {V}", where, "Use the model's own tokenizer")
         if chosen.stop and tokenizer is None:
-            raise VicugnaError("stop strings need a tokenizer", "sampling", "Give one")
+            raise VicugnaError("stop strings need a tokenizer", "sampling",
+                               "Pass a tokenizer, or no stop strings")
         if any(one is not None for one in tiles_of):
             _check_images(config, prompt, tiles, where)
         row = _Sequence(number, prompt, tiles, chosen, context, tokenizer)
@@ -168,7 +169,7 @@ def _check_images(config: Any, prompt: tuple[int, ...], tiles: Tensor | None, wh
     if count != given * vision.features:
         raise VicugnaError(f"{count} image tokens, but {given} tiles make "
                            f"{given * vision.features} features", where,
-                           f"Write token {config.image_token_index} once for each feature")
+                           f"The prompt needs token {config.image_token_index} once for each")
 
 
 @torch.inference_mode()
@@ -187,15 +188,15 @@ def _steps(network: nn.Module, rows: list[_Sequence], cancelled: Cancelled
         tokens, logprobs, tops = sampler.choose(head(hidden_BD))
         yield from [(row.number, row.push(token, logprob, top)) for row, token, logprob, top
                     in zip(rows, tokens, logprobs, tops, strict=True) if not row.finished]
-        if not (alive := [b for b, row in enumerate(rows) if not row.finished]):
+        if not (unfinished := [b for b, row in enumerate(rows) if not row.finished]):
             return
         if cancelled and cancelled():
             break
-        if 8 * len(alive) <= 7 * len(rows):  # seldom enough for the copies not to matter
-            rows, tokens = [rows[b] for b in alive], [tokens[b] for b in alive]
-            positions_B1 = positions_B1[alive]
-            cache.select(alive)
-            sampler.select(alive)
+        if 8 * len(unfinished) <= 7 * len(rows):  # seldom enough for the copies not to matter
+            rows, tokens = [rows[b] for b in unfinished], [tokens[b] for b in unfinished]
+            positions_B1 = positions_B1[unfinished]
+            cache.select(unfinished)
+            sampler.select(unfinished)
         tokens_B1 = positions_B1.new_tensor(tokens)[:, None]
         hidden_BD = network(tokens_B1, positions_B1, cache)[:, -1]
         positions_B1 += 1

@@ -1,4 +1,4 @@
-"""How the next token is chosen from the network's logits, for a whole batch at once."""
+"""Sampling the next tokens of a batch from logits."""
 
 import math
 from collections import defaultdict
@@ -23,8 +23,8 @@ class Sampling:
     `temperature` 0 takes the most likely token. Otherwise logits are divided by it, then `top_k`
     (0: off), `top_p` over what is left, and `min_p` (share of the most likely token's
     probability) filter in this order, as in transformers. `stop` strings end the text before
-    themselves. `seed` (>= 0) makes the row's own random stream. `top_logprobs` most likely tokens
-    are reported at each step. Raises VicugnaError for values outside their range.
+    themselves. `seed` (>= 0) is that of the row's own random stream. The `top_logprobs` most likely
+    tokens are reported at each step. Raises VicugnaError for values outside their range.
     """
 
     max_new_tokens: int = 64
@@ -54,7 +54,7 @@ class Sampling:
 
 class Sampler:
     """Chooses tokens for the rows of a batch; row b follows `samplings[b]`, and draws one uniform
-    number a step from a stream of its seed and `copies[b]` alone, whatever its batch-mates are."""
+    number a step from a stream of its seed and `copies[b]` alone, whatever else is in the batch."""
 
     def __init__(self, samplings: list[Sampling], copies: list[int], device: torch.device) -> None:
         self._device, self._samplings = device, samplings
@@ -91,7 +91,7 @@ class Sampler:
         best = logits_BV.max(dim=-1, keepdim=True)
         if not bool(best.values.isfinite().all()):
             raise VicugnaError("the logits are NaN or infinite", "generation",
-                               "Its weights are damaged, or training diverged")
+                               "The weights are damaged, or training diverged")
         uniform_B1 = torch.tensor([[stream.random()] for stream in self._streams],
                                   dtype=torch.float64, device=self._device)
         tokens_B1 = best.indices.clone()

@@ -88,6 +88,7 @@ def card(release: Contents) -> str:
         about=release.about, config=release.model.config.to_dict(), recipe=release.recipe.strip(),
         model_digest=release.model.digest, weak=WEAK,
         parameters=counts.parameters(release.model.network),
+        context=release.model.config.context_length,
         evaluations=[results for results, _ in release.evaluations],
         training=lineage(release.attempts, release.model.digest))
 

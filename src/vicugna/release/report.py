@@ -139,8 +139,9 @@ def _network(folders: Sequence[Path]) -> dict[str, Any]:
     """config.json of the first folder that has one, and how many "parameters" that makes."""
     for config in filter(None, (_read(folder / "config.json") for folder in folders)):
         with torch.device("meta"):
-            network = models.build(config)
-        return {**config, "parameters": counts.parameters(network)}
+            network: Any = models.build(config)
+        return {**config, "parameters": counts.parameters(network),
+                "context_length": network.config.context_length}
     return {}
 
 

@@ -1,4 +1,4 @@
-"""A picture and a question, from the files of a Llama 4 to its answer: as transformers has it."""
+"""An image and a question, from the files of a Llama 4 to its answer, against transformers."""
 
 import json
 from pathlib import Path
@@ -43,16 +43,16 @@ def test_answers_are_those_of_transformers(both: Any, chat: list[dict[str, Any]]
     assert tokens == inputs["input_ids"][0].tolist()
     with torch.no_grad():
         due = model(**inputs).logits
-        said = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, len(tokens):]
+        generated = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, len(tokens):]
     assert due.std() > 0.2 and (ours.logits([tokens], images) - due).abs().max() < 1e-5
     done = ours.generate(chat, max_new_tokens=12)
-    assert done.tokens == said.tolist()
+    assert done.tokens == generated.tolist()
     assert done.usage["prompt_tokens"] == len(tokens)
     assert [token for step in ours.stream(chat, max_new_tokens=12)
             for token in step.tokens] == done.tokens
 
 
-def test_a_path_and_a_url_are_answered_as_the_picture(both: Any, tmp_path: Path) -> None:
+def test_a_path_and_a_url_are_the_same_as_the_image(both: Any, tmp_path: Path) -> None:
     ours, made = both[0], picture(40, 60)
     data = encoded(made)
     (tmp_path / "a.png").write_bytes(data)
@@ -65,7 +65,7 @@ def test_a_path_and_a_url_are_answered_as_the_picture(both: Any, tmp_path: Path)
     assert ours.generate([user(picture(40, 60, 1), "?")]).logprobs != due.logprobs
 
 
-def test_typed_names_of_tokens_are_no_pictures(both: Any) -> None:
+def test_typed_image_tokens_stay_text(both: Any) -> None:
     ours = both[0]
     tokens, images = ours.read([user("<|image|><|patch|> and <|image_start|>")])
     assert images is None
@@ -74,19 +74,19 @@ def test_typed_names_of_tokens_are_no_pictures(both: Any) -> None:
     ours.generate([user("<|image|>", picture(10, 10), "<|image|><|patch|>")], max_new_tokens=1)
 
 
-def test_what_cannot_be_seen_is_refused(both: Any) -> None:
+def test_images_that_do_not_fit_are_refused(both: Any) -> None:
     ours, long = both[0], [user(*[picture(90, 90, n) for n in range(14)])]
     with pytest.raises(VicugnaError, match="but the context holds 2048"):
         ours.generate(long)
     with pytest.raises(VicugnaError, match="nothing is fetched"):
         ours.stream([{"role": "user", "content": [{"type": "image", "url": "http://a/b.png"}]}])
     config = {**ours.config.to_dict()["text_config"], "model_type": "llama4_text"}
-    blind = vicugna.Model(models.build(config), ours.tokenizer)
+    text_only = vicugna.Model(models.build(config), ours.tokenizer)
     with pytest.raises(VicugnaError, match="no vision encoder"):
-        blind.generate(CHATS["one"])
+        text_only.generate(CHATS["one"])
 
 
-def test_a_saved_model_sees_as_before(both: Any, tmp_path: Path) -> None:
+def test_a_saved_model_answers_the_same(both: Any, tmp_path: Path) -> None:
     """Also with its tokenizer written anew; transformers reads the processor from the folder."""
     ours, _, processor, folder = both
     due = ours.generate(CHATS["one"])
