@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from vicugna import models
+from vicugna.chips import GPUS
 from vicugna.cli import planning
 
 GB = 1e9
@@ -98,7 +99,7 @@ def test_every_known_model_and_gpu() -> None:
         models.architecture(subject.config["model_type"]).Config.from_dict(subject.config)
         assert subject.context and planning.subject(model["source"]).source == model["source"]
     tiny = planning.Subject("tiny", "test", CONFIG)
-    for gpu in known["gpus"]:
+    for gpu in GPUS:
         plan = planning.plan(tiny, gpu)
         assert plan.gpus("bf16") == 1 and plan.gpu.peak("fp8") >= plan.gpu.peak("bf16")
 

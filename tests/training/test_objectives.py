@@ -16,6 +16,7 @@ from kit import batch, network
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from vicugna import chips, memory
 from vicugna.errors import VicugnaError
 from vicugna.models.layers.attention import Dense
 from vicugna.training import cost, logprobs, optimisers
@@ -179,15 +180,34 @@ def test_memory_says_what_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     fits = cost.training_memory(net, 8, 16, 4)
     assert cost.training_memory(net, 8, 16, 4, shards=2) < fits - 7 * sum(
         p.numel() for p in net.parameters())
-    monkeypatch.setattr(cost, "available_memory", lambda: fits)
+    monkeypatch.setattr(memory, "available_memory", lambda: fits)
     cost.check_memory(net, 8, 16, 4, "pretrain")
     with pytest.raises(VicugnaError, match=r"1000000 rows of 16 tokens.*micro_rows to \d+") as e:
         cost.check_memory(net, 1_000_000, 16, 4, "pretrain")
     rows = int(e.value.fix.split("micro_rows to ")[1].split(",")[0])
     assert 4 <= rows <= 8
-    monkeypatch.setattr(cost, "available_memory", lambda: 1000)
+    monkeypatch.setattr(memory, "available_memory", lambda: 1000)
     with pytest.raises(VicugnaError, match="million parameters"):
         cost.check_memory(net, 4, 16, 4, "pretrain")
-    monkeypatch.setattr(cost, "available_memory", lambda: cost.training_memory(net, 0, 16, 4) + 9)
+    monkeypatch.setattr(memory, "available_memory", lambda: cost.training_memory(net, 0, 16, 4) + 9)
     with pytest.raises(VicugnaError, match="Even one row does not fit"):
         cost.check_memory(net, 4, 16, 4, "pretrain")
+
+
+@pytest.mark.parametrize(("name", "published"), [
+    ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", None), ("Tesla K80", None)])
+def test_utilisation_is_of_the_published_peak_where_it_is_known(
+        name: str, published: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7)
+    assert cost.peaks("bf16", torch.device("cuda:0")) == {
+        "matmul_utilisation": 1e9, **({"mfu": published} if published else {})}
+    assert cost.peaks("bf16", torch.device("cpu")) == {"matmul_utilisation": 1e9}
+    assert cost.peak_memory(torch.device("cuda:0"))["peak_device_memory_bytes"] == 7
+    assert "peak_device_memory_bytes" not in cost.peak_memory(torch.device("cpu"))
+
+
+def test_every_device_is_a_gpu_with_figures() -> None:
+    for name in chips.DEVICES:
+        gpu = chips.of_device(name)
+        assert gpu and gpu.peak("bf16") > gpu.peak("fp32") > 0

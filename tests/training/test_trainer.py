@@ -25,7 +25,7 @@ from vicugna.training.recipe import TrainSpec
 from vicugna.training.trainer import Batches, Validate, balance_experts
 
 ALONE = Ranks()
-TIMES = ("tokens_per_second", "mfu")
+TIMES = ("tokens_per_second", "matmul_utilisation")
 
 
 def train(net: nn.Module, batches: Batches, how: TrainSpec, folder: Path, where: str = "t",

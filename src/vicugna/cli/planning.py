@@ -16,6 +16,7 @@ import yaml
 from vicugna import checkpoint
 from vicugna.checkpoint.folder import read_object
 from vicugna.checkpoint.source import PACKAGED
+from vicugna.chips import GPUS, Gpu
 from vicugna.errors import VicugnaError, did_you_mean
 from vicugna.files import disk_errors
 from vicugna.models import read_config
@@ -27,21 +28,6 @@ STATE_BYTES = 16  # of a parameter in training: float32 weight 4, gradient 4, Ad
 RESERVED = 0.1  # part of a GPU's memory for activations, buffers and fragments
 NODE = 8  # GPUs
 LENGTHS = {"1K": 2**10, "128K": 2**17, "1M": 2**20, "10M": 10 * 2**20}
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A kind of GPU: memory in bytes, bandwidth in bytes a second, peak FLOPs a second by dtype."""
-
-    name: str
-    memory: float
-    bandwidth: float
-    peaks: dict[str, float]
-    source: str
-
-    def peak(self, dtype: str) -> float:
-        """Peak for weights of `dtype`; bf16's where the GPU has no faster unit for that dtype."""
-        return self.peaks.get(dtype, self.peaks["bf16"])
 
 
 @dataclass(frozen=True)
@@ -162,22 +148,18 @@ class Plan:
 def plan(of: Subject, gpu: str = "h100", dtype: str = "bf16", context: int = 8192,
          batch: int = 32, utilisation: float = 0.5, price: float = 2.0) -> Plan:
     """The plan for a model. VicugnaError for an unknown config, GPU or dtype."""
-    kinds = _published()["gpus"]
-    if gpu.lower() not in kinds:
-        raise VicugnaError(f"unknown GPU {gpu!r}", "--gpu", did_you_mean(gpu, kinds))
+    if gpu.lower() not in GPUS:
+        raise VicugnaError(f"unknown GPU {gpu!r}", "--gpu", did_you_mean(gpu, GPUS))
     if dtype not in WEIGHT_BYTES:
         raise VicugnaError(f"unknown dtype {dtype!r}", "--dtype", did_you_mean(dtype, WEIGHT_BYTES))
     if not (1e-6 <= utilisation <= 1 and 0 <= price <= 1e9):
         raise VicugnaError(f"a utilisation of {utilisation} or a price of {price} makes no sense",
                            "plan", "Give a part of 1, and what one GPU costs for an hour")
-    sheet = kinds[gpu.lower()]
-    kind = Gpu(gpu.lower(), sheet["memory"] * 1e9, sheet["bandwidth"] * 1e12,
-               {key: sheet[key] * 1e12 for key in WEIGHT_BYTES if key in sheet}, sheet["source"])
     try:
         counts = count(of.config)
     except VicugnaError as error:
         raise VicugnaError(error.what, of.source, error.fix) from error
-    return Plan(counts, kind, dtype, context, batch, utilisation, price)
+    return Plan(counts, GPUS[gpu.lower()], dtype, context, batch, utilisation, price)
 
 
 def subject(what: str) -> Subject:

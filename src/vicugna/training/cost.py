@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from vicugna import chips, memory
 from vicugna.errors import VicugnaError
-from vicugna.memory import available_memory
 from vicugna.models.counts import Counts, count
 
 
@@ -28,9 +28,27 @@ def _counts(config: str) -> Counts:
 def matmul_rate(precision: str, device: torch.device) -> float:
     """Measured FLOPs per second of a large matrix product in `precision` on `device`."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    a, b = (torch.randn(rows, 2048, device=device).to(dtype) for rows in (1024, 2048))
-    seconds = timeit.repeat(lambda: (a @ b).sum().item(), number=1, repeat=5)
-    return 2.0 * 1024 * 2048 * 2048 / min(seconds)
+    M, N = (1024, 2048) if device.type == "cpu" else (8192, 8192)
+    a, b = (torch.randn(rows, N, device=device).to(dtype) for rows in (M, N))
+    seconds = timeit.repeat(lambda: (a @ b)[-1, -1].item(), number=1, repeat=5)
+    return 2.0 * M * N * N / min(seconds)
+
+
+def peaks(precision: str, device: torch.device) -> dict[str, float]:
+    """FLOPs per second that `device` could reach, by the metric that is a share of them:
+    `matmul_utilisation` of a large matrix product measured here, and `mfu` (model FLOPs
+    utilisation, arXiv 2204.02311) of what the maker publishes, if that is known."""
+    found = {"matmul_utilisation": matmul_rate(precision, device)}
+    gpu = chips.of_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return found | ({"mfu": gpu.peak(precision)} if gpu else {})
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """Bytes: the largest resident size of this process, and on a GPU the most that tensors took
+    of its memory."""
+    return {"peak_memory_bytes": memory.peak_memory()} | (
+        {"peak_device_memory_bytes": torch.cuda.max_memory_allocated(device)}
+        if device.type == "cuda" else {})
 
 
 def training_memory(network: nn.Module, rows: int, length: int, element: int, shards: int = 1
@@ -47,7 +65,7 @@ def training_memory(network: nn.Module, rows: int, length: int, element: int, sh
 def check_memory(network: nn.Module, rows: int, length: int, element: int, where: str,
                  shards: int = 1) -> None:
     """Raise VicugnaError, saying what would fit, when a step would not fit in memory."""
-    free = available_memory()
+    free = memory.available_memory()
     none, one, needed = (training_memory(network, n, length, element, shards)
                          for n in (0, 1, rows))
     if none > free:

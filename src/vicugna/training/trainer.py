@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from vicugna import progress
 from vicugna.distributed import Ranks
 from vicugna.errors import VicugnaError
-from vicugna.memory import peak_memory, return_memory
+from vicugna.memory import return_memory
 from vicugna.models.counts import VISION
 from vicugna.models.layers.moe import Balanced
 from vicugna.training import cost, optimisers, parallel, state
@@ -47,7 +47,9 @@ def train(network: nn.Module, objective: Objective, batch_of: Batches, spec: Sta
     module = parallel.place(Loss(network, objective, spec.precision), spec, ranks, values)
     opts = optimisers.build(network, spec.optimiser)
     done = state.load(folder, module, opts, ranks)
-    rate = cost.matmul_rate(spec.precision, ranks.device) * ranks.world
+    if ranks.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(ranks.device)
+    peaks = cost.peaks(spec.precision, ranks.device)
     metrics = Metrics(folder, done["step"]) if ranks.first else None
     with progress.bar(where, spec.steps, ranks.first) as report:
         for step in range(done["step"], spec.steps):
@@ -66,14 +68,18 @@ def train(network: nn.Module, objective: Objective, batch_of: Batches, spec: Sta
             done = {"bad": bad, **{key: done[key] + value for key, value in new.items()}}
             row = {"step": step, "loss": loss, "grad_norm": norm, "lr": lr,
                    "tokens": done["tokens"], "tokens_per_second": tokens / seconds,
-                   "mfu": flops / seconds / rate, "skipped": done["skipped"], **batch.metrics}
+                   **{share: flops / seconds / (peak * ranks.world)
+                      for share, peak in peaks.items()},
+                   "skipped": done["skipped"], **batch.metrics}
             if validate:
                 network.eval()
                 row |= validate(module, step)
                 network.train()
             if metrics:
                 metrics.write(row)
-            report(step + 1, f"loss {loss:.3f}, {tokens / seconds:.0f} tok/s, {row['mfu']:.0%} MFU")
+            report(step + 1, f"loss {loss:.3f}, {tokens / seconds:.0f} tok/s, " + (
+                f"{row['mfu']:.0%} MFU" if "mfu" in row else
+                f"{row['matmul_utilisation']:.0%} of matmul rate"))
             if step % 50 == 49:
                 return_memory()
             if (step + 1) % spec.checkpoint_every == 0 and step + 1 < spec.steps:
@@ -83,7 +89,7 @@ def train(network: nn.Module, objective: Objective, batch_of: Batches, spec: Sta
     network.eval()
     return {**{key: done[key] for key in ("tokens", "flops", "skipped")},
             "device_seconds": done["seconds"] * ranks.world,
-            "peak_memory_bytes": peak_memory()}
+            **cost.peak_memory(ranks.device)}
 
 
 def _check_finite(bad: int, step: int, spec: StageSpec, where: str) -> None:
