@@ -77,7 +77,7 @@ HOSTILE = {
     "overlap": (header(tensor_(b"t", (16,)) + tensor_(b"u", (16,), offset=32) + bytes(256),
                        counts=(2, 0)), "overlaps the one before"),
     "same name": (header(tensor_(b"t", (8,)) + tensor_(b"t", (8,), offset=32) + bytes(256),
-                         counts=(2, 0)), "stands in it twice"),
+                         counts=(2, 0)), "occurs twice"),
     "no architecture": (header(), "architecture None is not read"),
 }
 

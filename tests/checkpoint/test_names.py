@@ -7,7 +7,7 @@ from every import CONFIGS
 from vicugna import checkpoint, models
 from vicugna.checkpoint import names
 from vicugna.checkpoint.gguf.keys import ARCHITECTURES
-from vicugna.checkpoint.gguf.tensors import our_name
+from vicugna.checkpoint.gguf.tensors import hf_name
 
 
 def test_files_hold_one_tensor_for_each_projection_of_an_expert() -> None:
@@ -40,7 +40,7 @@ def test_every_parameter_has_a_name_in_gguf_that_llama_cpp_knows(kind: str) -> N
         assert ".".join(parts) in general, name
         for theirs in names.of(kind).by_name[".".join(parts)].gguf:
             assert theirs.replace("#", "0").rpartition(".")[0] in known
-            assert our_name(theirs.replace("#", "7"), kind)[0] == ".".join(parts).replace("#", "7")
+            assert hf_name(theirs.replace("#", "7"), kind)[0] == ".".join(parts).replace("#", "7")
 
 
 def test_a_bias_is_called_as_its_weight() -> None:

@@ -216,7 +216,7 @@ def test_another_tokenizer_replaces_the_files(tmp_path):
     assert not (tmp_path / "b" / "tokenizer.model").exists()
 
 
-# What a checkpoint says of itself.
+# The description of a checkpoint: what is known before its weights are read.
 
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])
 def test_a_survey_reads_no_weights(kind, tmp_path):

@@ -22,7 +22,7 @@ class Origin:
 
     `config` is config.json as it was read, `files` the contents of the files of `tokenizer`,
     `passthrough` the tensors that the network does not compute with, by name. `check` raises
-    VicugnaError for values that are not finite in weights that were not looked at yet.
+    VicugnaError for values that are not finite in weights that were not checked yet.
 
     Of a network read onto the meta device, `stream` gives the parameters and buffers one by one,
     and `stored` all tensors by their names in files, each read when it is asked for.
@@ -58,7 +58,7 @@ class Checkpoint:
 
     def tensors(self) -> Mapping[str, Tensor]:
         """All that was loaded, by its names in a checkpoint's files and without copies.
-        VicugnaError for values that are not finite, of what was loaded and not looked at yet."""
+        VicugnaError for values that are not finite, in weights that were not checked yet."""
         if self.origin is None:
             return named_tensors(self.network)
         if next(self.network.parameters()).is_meta:

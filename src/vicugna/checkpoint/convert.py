@@ -29,11 +29,11 @@ BLOCK = 2**20  # values that are cast and compared at once
 
 
 class Losses:
-    """What a conversion loses: nothing, or where that is allowed, what `notes` lists. `forget` is
-    called with rows that are no longer needed."""
+    """What a conversion loses: nothing, or where that is allowed, what `notes` lists. `drop_pages`
+    is called with rows that are no longer needed."""
 
-    def __init__(self, allowed: bool, where: str, forget: Callable[[Tensor], None]) -> None:
-        self.allowed, self.where, self.forget = allowed, where, forget
+    def __init__(self, allowed: bool, where: str, drop_pages: Callable[[Tensor], None]) -> None:
+        self.allowed, self.where, self.drop_pages = allowed, where, drop_pages
         self.notes: list[str] = []
         self.rounded: dict[torch.dtype, Counter[str]] = {}  # how many values of which tensors
 
@@ -58,7 +58,7 @@ class Losses:
                 error = new.to(wide, copy=True).sub_(old)
                 changed += int(error.count_nonzero())
                 most = max(most, float(error.abs_().max()))
-            self.forget(old)
+            self.drop_pages(old)
         if changed:
             kind = name_of(dtype)
             if not math.isfinite(most):
@@ -99,7 +99,7 @@ def convert(source: str | Path, target: str | Path, form: str | None = None,
     found = loading.survey(source)
     _check_target(found.folder, target, form)
     mapped = Mapped()
-    losses = Losses(lossy, str(source), mapped.forget)
+    losses = Losses(lossy, str(source), mapped.drop_pages)
     network = state_dict.build(found.config, found.stored, str(found.folder))
     parts, passthrough = state_dict.parts(network, found.stored, found.folder)
     if form == "gguf":
@@ -111,7 +111,7 @@ def convert(source: str | Path, target: str | Path, form: str | None = None,
 
     def read(stored: Stored) -> Tensor:
         nonlocal last, number
-        mapped.forget(last)
+        mapped.drop_pages(last)
         last = torch.empty(0)
         progress(number := number + 1, stored.name)
         wide = torch.float32 if stored.scale is not None else stored.dtype
@@ -124,7 +124,7 @@ def convert(source: str | Path, target: str | Path, form: str | None = None,
     if form == "gguf":
         sweep_temporaries(target.parent, target.name)
         with disk_errors(target), replacing(target) as temporary:
-            writer.write(temporary, found, wanted, dtype, read, losses.cast, mapped.forget)
+            writer.write(temporary, found, wanted, dtype, read, losses.cast, mapped.drop_pages)
     else:
         tensors = {name: replace(stored, dtype=kind, scale=None, load=partial(load, stored, kind))
                    for name, stored in wanted.items()

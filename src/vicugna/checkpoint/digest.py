@@ -1,7 +1,7 @@
-"""The digest of a model: one SHA-256 over everything that decides what it says.
+"""The digest of a model: one SHA-256 over everything that decides its outputs.
 
 It is taken over what is *loaded*: a bfloat16 checkpoint loaded as float32 has other logits than as
-it is stored, and another digest. How the tensors lie in files (shards, order) does not enter, nor
+it is stored, and another digest. The layout of files (shards, order) does not enter, nor
 do notes in config.json that change nothing (who wrote it, with which version and remote code).
 """
 

@@ -1,4 +1,4 @@
-"""What lies at a path that is read in no form: its name, and what to do with it."""
+"""What is at a path that no reader recognises: its name, and what to do with it."""
 
 import json
 import re
@@ -64,14 +64,14 @@ def start(path: Path, count: int = 4) -> bytes:
 
 
 def check_pointer(path: Path) -> None:
-    """Raise VicugnaError for what stands in a clone for a file that Git LFS did not fetch."""
+    """Raise VicugnaError for the pointer that Git LFS puts in place of a file it did not fetch."""
     if path.stat().st_size < 1024 and start(path, len(LFS)) == LFS:
         raise VicugnaError("a pointer of Git LFS, not the file itself", str(path),
                            "Fetch it: git lfs pull, in that folder")
 
 
 def explain(path: Path) -> VicugnaError:
-    """The error for a file or folder that is read in no form. OSError."""
+    """The error for a file or folder that no reader recognises. OSError."""
     if path.is_file():
         return _of_file(path)
     if not path.is_dir():  # a pipe would hang

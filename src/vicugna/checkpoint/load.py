@@ -1,4 +1,4 @@
-"""From what the user names to a checkpoint in memory, whatever its form."""
+"""Load a checkpoint of any format, by whatever names it."""
 
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +18,7 @@ from vicugna.checkpoint.stream import StoredTensors
 from vicugna.checkpoint.survey import Survey
 from vicugna.files import disk_errors
 
-# Whether a path is of that form, and what it says of itself; the first that knows it reads it.
+# Per format: whether a path has it, and the reader. The first that recognises a path reads it.
 READERS: tuple[tuple[Callable[[Path], bool], Callable[[Path], Survey]], ...] = (
     (directory.recognises, directory.survey), (meta.recognises, meta.survey),
     (gguf.recognises, gguf.survey))

@@ -117,7 +117,7 @@ def streamed(network: Any, stored: Mapping[str, Stored], dtype: torch.dtype | No
     with disk_errors(where):
         for name, tensor in values(network, stored, dtype, torch.device("cpu"), where, mapped):
             yield name, tensor
-            mapped.forget(tensor)
+            mapped.drop_pages(tensor)
 
 
 def place(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -176,7 +176,7 @@ def named_tensors(network: Any) -> dict[str, Tensor]:
 
 
 def split(network: Any, name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """A parameter in the pieces that files hold of it, by their names; itself if it is whole."""
+    """The tensors that files hold of a parameter, by name: of a stack each expert's."""
     parts = names_of(network).of_experts(name, len(tensor) if tensor.dim() else 0) or [name]
     views = tensor.reshape(len(parts), *_shape(tensor, name, parts))
     return dict(zip(parts, views, strict=True))

@@ -23,7 +23,7 @@ FP8 = torch.float8_e4m3fn
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies, its dtype and its shape, as the header says.
+    """Where a tensor is stored, its dtype and its shape, from the header.
 
     An FP8 tensor's `scale` has one factor for each `block` (rows, columns) of it. Where a file does
     not hold the tensor as it is, `load` makes it.
@@ -73,10 +73,10 @@ def short(name: str) -> str:
 
 class Mapped:
     """Private mappings of files, by which their tensors are read: by safetensors, and for other
-    files by PyTorch. Both map without a copy, but neither gives pages back: see `forget`.
+    files by PyTorch. Both map without a copy, but neither gives pages back: see `drop_pages`.
 
     Values that are not finite raise VicugnaError when they are read; with `later`, those of
-    tensors that stay mapped are not looked at before `check` is called.
+    tensors that stay mapped are checked when `check` is called.
     """
 
     def __init__(self, later: bool = False) -> None:
@@ -86,7 +86,7 @@ class Mapped:
         self.unchecked: list[tuple[Tensor, Stored]] = []
 
     def check(self) -> None:
-        """Look at the tensors that were left for later."""
+        """Check the tensors that were left for later."""
         for tensor, stored in self.unchecked:
             _check(tensor, tensor, stored)
         self.unchecked = []
@@ -142,10 +142,10 @@ class Mapped:
             else:
                 _dequantise(place, source, self.tensor(part.scale), part.block)
             _check(place, source, part)
-            self.forget(source)
+            self.drop_pages(source)
         return whole
 
-    def forget(self, tensor: Tensor) -> None:
+    def drop_pages(self, tensor: Tensor) -> None:
         """Let the system have the memory of a mapped tensor, or of a part of its rows, that is no
         longer used. Nothing happens to other tensors."""
         begin = tensor.data_ptr()

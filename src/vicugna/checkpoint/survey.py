@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself."""
+"""The description of a checkpoint: what is known before its weights are read."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ from vicugna.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Survey:
-    """What a checkpoint says of itself: everything but the values of its weights.
+    """A checkpoint without the values of its weights.
 
     `config` is config.json as it was read, `stored` the dtype, shape and place of every tensor by
     name (an FP8 tensor's scale belongs to it), `files` the contents of KEPT_FILES.
@@ -25,13 +25,13 @@ class Survey:
 
     @property
     def source(self) -> Path:
-        """The file that says what `config` does: Hugging Face's, Meta's, or the one of all."""
+        """The file that `config` was read from: config.json, params.json, or the GGUF file."""
         paths = (self.folder / name for name in ("config.json", "params.json"))
         return next((path for path in paths if path.exists()), self.folder)
 
 
 def default_generation_config(tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """generation_config.json of a model that ends its text where its tokenizer says."""
+    """generation_config.json with the special tokens of the tokenizer."""
     return {} if tokenizer is None else {"bos_token_id": tokenizer.bos_id,
                                          "eos_token_id": list(tokenizer.eos_ids),
                                          "pad_token_id": tokenizer.pad_id}

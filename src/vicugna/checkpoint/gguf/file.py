@@ -1,7 +1,7 @@
 """GGUF files as such: keys, tensors and their types; every length is checked before use.
 
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. `gguf.GGUFReader` believes what
-a file says, and takes seconds for a real vocabulary; what types mean is the package's.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. `gguf.GGUFReader` does
+not check lengths, and takes seconds for a real vocabulary; quantisation is the package's.
 """
 
 import math
@@ -22,7 +22,7 @@ from vicugna.checkpoint.stored import broken, short
 from vicugna.errors import VicugnaError
 
 MAGIC = b"GGUF"
-Forget = Callable[[Tensor], None]  # told of rows of a tensor that are done with
+DropPages = Callable[[Tensor], None]  # called with rows of a tensor that are no longer needed
 HEADER_BYTES = 10**8  # twice what the largest vocabularies need
 STRINGS = 10**6  # in all lists of a file: the largest vocabularies have 800,000 with their merges
 KEYS, TENSORS = 2**12, 2**14
@@ -132,13 +132,13 @@ def scan(path: Path) -> tuple[dict[str, Any], dict[str, Entry]]:
         raise broken("not a GGUF file", path)
     if (version := header.number("<I")) not in (2, 3):
         raise VicugnaError(f"GGUF of version {version}, which is not read", str(path),
-                           "Write it anew with a current llama.cpp, on a little-endian machine")
+                           "Convert it again with a current llama.cpp, on a little-endian machine")
     promised = header.count("tensors", 24, TENSORS)
     metadata: dict[str, Any] = {}
     try:
         for _ in range(header.count("keys", 13, KEYS)):
             if (key := header.string()) in metadata:
-                raise broken(f"key {short(key)} stands in it twice", path)
+                raise broken(f"key {short(key)} occurs twice", path)
             metadata[key] = header.value(header.number("<I"))
         listed = sorted(_entry(header) for _ in range(promised))
     except UnicodeDecodeError as error:
@@ -154,7 +154,7 @@ def scan(path: Path) -> tuple[dict[str, Any], dict[str, Entry]]:
     for offset, length, name, kind, shape in listed:
         where = f"{path} tensor {short(name)}"
         if name in found:
-            raise broken("stands in it twice", where)
+            raise broken("occurs twice", where)
         if offset % alignment or offset < reached:
             raise broken(f"offset {offset:,} is not aligned, or overlaps the one before", where)
         reached = offset + length
@@ -217,10 +217,10 @@ def decode(entry: Entry, expert: int | None = None) -> Tensor:
     return torch.from_numpy(values).reshape(shape)
 
 
-def encode(tensor: Tensor, kind: int, forget: Forget) -> np.ndarray:
+def encode(tensor: Tensor, kind: int, drop_pages: DropPages) -> np.ndarray:
     """The bytes of a tensor in a GGML type, in rows. Float types take the tensor's values as they
     are: it has that dtype already. Others are made of some rows at a time, as this takes several
-    times their memory; `forget` is told of rows that are done with."""
+    times their memory; `drop_pages` is called with rows that are no longer needed."""
     if kind in DTYPES:
         return tensor.contiguous().view(torch.uint8).numpy()
     gguf = package()
@@ -230,5 +230,5 @@ def encode(tensor: Tensor, kind: int, forget: Forget) -> np.ndarray:
     for n, rows in enumerate(tensor.split(some)):
         made[n * some : (n + 1) * some] = gguf.quants.quantize(
             rows.float().numpy(), gguf.GGMLQuantizationType(kind))
-        forget(rows)
+        drop_pages(rows)
     return made

@@ -1,7 +1,7 @@
-"""config.json and GGUF's keys for hyperparameters, each made of the other.
+"""config.json and GGUF's keys for hyperparameters, each converted to the other.
 
-GGUF holds what llama.cpp asks for; the rest stands in its code (src/models/*.cpp), and a config
-that says otherwise is refused.
+GGUF has the keys that llama.cpp reads; the rest is fixed in its code (src/models/*.cpp), and a
+config that differs is refused.
 """
 
 from collections.abc import Mapping
@@ -178,7 +178,7 @@ def rope_factors(config: Mapping[str, Any]) -> Tensor | None:
 
 
 def lost(config: Mapping[str, Any]) -> list[str]:
-    """What llama.cpp would compute otherwise, or not at all, than this config.json says."""
+    """Where llama.cpp's computation differs from this config.json's, or is missing."""
     if config.get("model_type") == "llama4":
         return ["the vision encoder: images are left out", *lost(text_config(config))]
     shape, architecture = parsed(config), ARCHITECTURES[config["model_type"]]

@@ -54,7 +54,7 @@ def _chosen(folder: Path) -> Path:
 
 
 def survey(path: Path) -> Survey:
-    """What a GGUF file says of itself, as if it were a Hugging Face folder.
+    """The survey of a GGUF file, as of a Hugging Face folder.
     Raises VicugnaError; OSError."""
     path = _chosen(path) if path.is_dir() else path
     metadata, entries = scan(path)

@@ -1,5 +1,4 @@
-"""The tensors of GGUF files and those of Hugging Face folders: their names, and how the values of
-one lie in the other.
+"""The tensors of GGUF files and those of Hugging Face folders: names and layouts.
 
 A tensor of a file may hold the experts of a layer, each a tensor of the folder; or one of the
 folder holds what are two tensors in the file.

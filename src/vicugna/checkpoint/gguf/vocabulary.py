@@ -1,7 +1,7 @@
 """The tokenizer as GGUF's metadata, in the two kinds that llama.cpp has for these models.
 
 `gpt2` is byte-level BPE with one of llama.cpp's named ways to split text into words; `llama` is
-SentencePiece's BPE, ordered by the scores of its pieces. The files of the Hugging Face folder go
+SentencePiece's BPE, ordered by the scores of its tokens. The files of the Hugging Face folder go
 into the GGUF file as well (tokenizer.json under the format's own `tokenizer.huggingface.json`), so
 that what we write comes back exactly.
 """
@@ -34,7 +34,7 @@ _PATHS = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _GPT2 = (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 _LLAMA3 = rf"{_S}|{_WORD}\p{{L}}+|\p{{N}}{{1,3}}|{_REST}"
 # llama.cpp's names of pre-tokenizers: the expressions that cut a text, and whether a word that is
-# a token is taken whole, whatever the merges say (src/llama-vocab.cpp).
+# a token is not split, whatever the merges are (ignore_merges) (src/llama-vocab.cpp).
 SPLITS: dict[str, tuple[tuple[str, ...], bool]] = {
     "llama-bpe": ((_LLAMA3,), True),
     "smaug-bpe": ((_LLAMA3,), False),
@@ -104,8 +104,8 @@ def describe(tokenizer: Tokenizer | None, files: Mapping[str, bytes], config: Ma
         if (id := ids.get(name["content"] if isinstance(name, dict) else name, usual)) is not None:
             found[field] = id
     for kind, mark in zip(("bos", "eos"), _frame(content), strict=True):
-        id, said = found.get(f"{kind}_token_id"), tokenizer.config.get(f"add_{kind}_token")
-        usual = said if isinstance(said, bool) else mark is not None and ids.get(mark) == id
+        id, given = found.get(f"{kind}_token_id"), tokenizer.config.get(f"add_{kind}_token")
+        usual = given if isinstance(given, bool) else mark is not None and ids.get(mark) == id
         found[f"add_{kind}_token"] = usual and id is not None
     texts = {name: text.decode() for name, text in files.items() if FILES.fullmatch(name)}
     whole = files["tokenizer.json"].decode() if "tokenizer.json" in files else tokenizer.json
@@ -267,8 +267,8 @@ def _byte_level(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sentencepiece(values: Mapping[str, Any]) -> dict[str, Any]:
-    """tokenizer.json of the kind llama: every way to make a piece of two is a merge, those of the
-    best pieces first; control tokens are never made of text, nor text of them."""
+    """tokenizer.json of the kind llama: every split of a token into two is a merge, those of the
+    tokens with the highest scores first; control tokens take no part."""
     vocabulary: dict[str, int] = {}
     shared = _shared(values, True, vocabulary)
     tokens, kinds, scores = values["tokens"], values["token_type"], values["scores"].tolist()

@@ -1,7 +1,7 @@
 """A checkpoint to a GGUF file.
 
-Quantisation and writing are those of the package `gguf` (the extra `gguf`); what tensors keep their
-precision follows llama.cpp's converter and quantiser.
+Quantisation and writing are those of the package `gguf` (the extra `gguf`); which tensors are not
+quantised follows llama.cpp's converter and quantiser.
 
 What we write carries config.json and the tokenizer's files as keys of their own (`vicugna.*`,
 `tokenizer.huggingface.json`), which llama.cpp skips: reading it gives the same model back.
@@ -39,11 +39,12 @@ def text_part(found: Survey, tensors: Mapping[str, Stored]) -> tuple[Survey, dic
 
 
 def write(path: Path, found: Survey, tensors: Mapping[str, Stored], dtype: str | None,
-          load: Callable[[Stored], Tensor], cast: Callable[..., Tensor], forget: ggml.Forget
+          load: Callable[[Stored], Tensor], cast: Callable[..., Tensor], drop_pages: ggml.DropPages
           ) -> None:
     """Write a checkpoint as a GGUF file: `tensors` are those of `found` to write, `dtype` one of
     KINDS, or None to keep what is stored; `load` gives a tensor as it is stored, `cast` (as
-    `Losses.cast`) one in a dtype, `forget` (as `Mapped.forget`) is told of rows that are done with.
+    `Losses.cast`) one in a dtype, `drop_pages` (as `Mapped.drop_pages`) is called with rows that
+    are no longer needed.
 
     Memory holds the largest tensor of the file. VicugnaError for what GGUF cannot represent.
     """
@@ -69,22 +70,22 @@ def write(path: Path, found: Survey, tensors: Mapping[str, Stored], dtype: str |
         if factors is not None:
             writer.write_tensor_data(factors.numpy())
         for group in planned:
-            for rows in _made(group, kinds, load, cast, forget):
+            for rows in _made(group, kinds, load, cast, drop_pages):
                 writer.write_tensor_data(rows)
 
 
 def _made(group: Group, kinds: Mapping[str, int], load: Callable[[Stored], Tensor],
-          cast: Callable[..., Tensor], forget: ggml.Forget) -> Iterator[np.ndarray]:
+          cast: Callable[..., Tensor], drop_pages: ggml.DropPages) -> Iterator[np.ndarray]:
     """The tensors of a group, one after the other; a source of several is loaded once."""
     only = load(group.sources[0]) if group.names[1:] else None
     for n, name in enumerate(group.names):
         parts = (group.layout.split(load(source) if only is None else only)[n]
                  for source in group.sources)
-        yield _bytes(parts, group.sources, kinds[name], cast, forget)
+        yield _bytes(parts, group.sources, kinds[name], cast, drop_pages)
 
 
 def _bytes(parts: Iterable[Tensor], sources: Sequence[Stored], kind: int,
-           cast: Callable[..., Tensor], forget: ggml.Forget) -> np.ndarray:
+           cast: Callable[..., Tensor], drop_pages: ggml.DropPages) -> np.ndarray:
     """A tensor of a file, made of parts of these sources. Matrices of a stack are turned into its
     GGML type one by one: together they would take several times their memory."""
     whole = None
@@ -95,7 +96,7 @@ def _bytes(parts: Iterable[Tensor], sources: Sequence[Stored], kind: int,
             single = torch.float32 if block.dtype == torch.float64 else block.dtype
             values = cast(block, ggml.DTYPES.get(kind, single), source.name,
                           f"[{m}]" if stacked else "")
-            rows = ggml.encode(values, kind, forget)
+            rows = ggml.encode(values, kind, drop_pages)
             if len(sources) == len(blocks) == 1:
                 return rows
             if whole is None:

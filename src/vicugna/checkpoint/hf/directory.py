@@ -28,7 +28,7 @@ KEPT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.jso
               "chat_template.jinja", "chat_template.json", "processor_config.json",
               "preprocessor_config.json")
 TEMPLATES = "additional_chat_templates"  # a folder of *.jinja
-# What may stand in a folder that a checkpoint takes the place of: what one is made of, no more.
+# The files that a folder may hold which a checkpoint replaces: those of a checkpoint, no more.
 CHECKPOINT_FILE = re.compile("|".join([
     r"model(-\d+-of-\d+)?\.safetensors", r"modeling_\w+\.py",
     *map(re.escape, ("config.json", "generation_config.json", weights.INDEX, *KEPT_FILES))]))
@@ -50,7 +50,7 @@ def files_in(folder: Path) -> list[Path]:
 
 
 def survey(folder: Path) -> Survey:
-    """What the folder says of itself. Raises VicugnaError; OSError."""
+    """The survey of the folder. Raises VicugnaError; OSError."""
     if any((folder / name).exists() for name in foreign.EMBEDDING):
         raise foreign.explain(folder)
     config = read_object(folder, "config.json")
@@ -127,12 +127,12 @@ def write_tensors(folder: str | Path, found: Survey, tensors: Mapping[str, Store
 
 def updated(original: dict[str, Any], before: dict[str, Any], now: dict[str, Any]
             ) -> dict[str, Any]:
-    """config.json as it was, with what is otherwise `now` in the config that was made of it."""
+    """config.json as it was, with the values that changed in the config that was parsed from it."""
     changed = {key: updated(original[key], before[key], value) if all(
         isinstance(one.get(key), dict) for one in (original, before, now)
         ) and key.endswith("_config") else value
         for key, value in now.items() if value != before.get(key)}
-    if changed.keys() & {"rope_theta", "rope_scaling"}:  # these two keys say it all
+    if changed.keys() & {"rope_theta", "rope_scaling"}:  # these two keys replace all others
         changed |= {key: now[key] for key in ("rope_theta", "rope_scaling")}
         original = {key: value for key, value in original.items()
                     if key not in ("rope_parameters", "original_max_position_embeddings")}
@@ -145,7 +145,7 @@ def write(folder: str | Path, tensors: Mapping[str, Tensor | Stored], dtype: tor
     """Write a checkpoint into `folder`, whole or not at all, replacing a checkpoint there.
 
     The same model gives the same bytes. The tokenizer's files are `files`, if tokenizer.json is one
-    of them, or else those of its maker, if any, and what we make of them.
+    of them, or else those that Tokenizer.save writes.
     """
     folder = Path(os.path.expanduser(folder)).resolve()
     with disk_errors(folder):
@@ -155,7 +155,7 @@ def write(folder: str | Path, tensors: Mapping[str, Tensor | Stored], dtype: tor
     if others:
         raise VicugnaError(f"the folder holds {min(others)}, which is not part of a checkpoint and "
                            "would be lost", str(folder), "Choose another folder")
-    # Weights are written in full, and no code is taken along but our own.
+    # Weights are written in full, and no code is copied but our own.
     name = name_of(dtype)
     config = _with_dtype({key: value for key, value in config.items() if key not in (
         "quantization_config", "auto_map")}, name) | {"dtype": name, "torch_dtype": name}

@@ -36,12 +36,12 @@ LORA = re.compile(r"\.(lora_\w+|base_layer)(\.|$)")
 
 def scan(files: Iterable[Path]) -> dict[str, Stored]:
     """Every tensor of `files` by name, from their headers alone.
-    VicugnaError for a malformed file and for a name that stands in two; OSError."""
+    VicugnaError for a malformed file and for a name that occurs in two; OSError."""
     found: dict[str, Stored] = {}
     for file in files:
         tensors = _read_header(file)
         for name in sorted(tensors.keys() & found.keys()):
-            raise broken(f"tensor {short(name)} stands in {found[name].file.name} too", file)
+            raise broken(f"tensor {short(name)} is in {found[name].file.name} too", file)
         found |= tensors
     return found
 
@@ -78,7 +78,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         (name, _), = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"{short(name)} stands in it twice")
+        raise ValueError(f"{short(name)} occurs twice")
     return found
 
 

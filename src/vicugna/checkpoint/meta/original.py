@@ -51,7 +51,7 @@ class Original:
     def stored(self, tied: bool) -> dict[str, Stored]:
         """The tensors by the names of Hugging Face, each merged when it is read."""
         prefix = "language_model." if self.is_llama4 and self.params.vision_args else ""
-        sources: dict[str, list[tuple[str, int]]] = {}  # names, and which of their pieces
+        sources: dict[str, list[tuple[str, int]]] = {}  # names, and which of their parts
         for name in sorted(self.ranks[0].keys() - ({"output.weight"} if tied else set())):
             layer = re.search(r"\.(\d+)\.", name)
             for index, held in enumerate(self._held(name)):  # sorted: gate comes before up
@@ -145,7 +145,7 @@ class Original:
 
 
 def find(folder: Path) -> Path | None:
-    """Where Meta's files lie: in `folder` or its `original`; None if there are none. OSError."""
+    """The folder of Meta's files: `folder` or its `original`; None if there are none. OSError."""
     places = (place for place in (folder, folder / "original") if (place / "params.json").exists())
     return next((place for place in places if _files(place)), None)
 
@@ -172,7 +172,7 @@ def recognises(folder: Path) -> bool:
 
 
 def survey(folder: Path) -> Survey:
-    """What the checkpoint of Meta in `folder` says of itself. Raises VicugnaError; OSError."""
+    """The survey of Meta's checkpoint in `folder`. Raises VicugnaError; OSError."""
     folder = find(folder) or folder
     path = folder / "params.json"
     params = meta_params.parse(read_object(*_rooted(folder, path.name)), path)
@@ -197,8 +197,8 @@ def survey(folder: Path) -> Survey:
     tokenizer = _tokenizer(folder, version, vocabulary)
     name = (folder.resolve().parent if folder.name == "original" else folder.resolve()).name
     instruct = re.search("instruct|chat", name, re.IGNORECASE) is not None
-    say = meta_params.llama4 if is_llama4 else meta_params.llama
-    config, generation_config = say(params, vocabulary, tied, instruct)
+    convert = meta_params.llama4 if is_llama4 else meta_params.llama
+    config, generation_config = convert(params, vocabulary, tied, instruct)
     return Survey(folder, config, stored, tokenizer, generation_config, {})
 
 
@@ -225,7 +225,7 @@ def _rank(folder: Path, names: list[str]) -> dict[str, Stored]:
     for name in names:
         tensors = pth.scan(inside(*_rooted(folder, name)), UNUSED)
         for twice in sorted(tensors.keys() & found.keys()):
-            raise broken(f"stands in {found[twice].file.name} too", tensors[twice].where)
+            raise broken(f"is in {found[twice].file.name} too", tensors[twice].where)
         found |= tensors
     return found
 

@@ -1,4 +1,4 @@
-"""Meta's params.json, and the config.json that says the same.
+"""Meta's params.json, converted to config.json.
 
 The keys are those of Meta's `ModelArgs` (https://github.com/meta-llama/llama-models), the result
 that of transformers' converters (convert_llama_weights_to_hf, convert_llama4_weights_to_hf).

@@ -1,4 +1,4 @@
-"""PyTorch's .pth files: where their tensors lie, without running what stands in them.
+"""PyTorch's .pth files: where their tensors are stored, without unpickling anything else.
 
 Format: a zip archive without compression, of a pickle (names, dtypes, shapes) and one record for
 the bytes of each storage (https://docs.pytorch.org/docs/stable/notes/serialization.html).
@@ -48,7 +48,7 @@ def scan(path: Path, unused: re.Pattern[str]) -> dict[str, Stored]:
         if isinstance(error, UnpicklingError):  # whose message is advice to programmers
             reason = "PyTorch does not unpickle it"
         raise broken(f"truncated, or not a file of tensors: {short(reason)}", path) from error
-    # A tied tensor stands there twice; many views of the same bytes would only fill memory.
+    # A tied tensor is there twice; many views of the same bytes would only fill memory.
     if sum(stored.nbytes for stored in found.values()) > 2 * path.stat().st_size:
         raise broken("its tensors claim more bytes than it has", path)
     return found
@@ -103,7 +103,7 @@ def _search(pickle: bytes, path: Path) -> None:
 
 
 def _stored(name: str, tensor: Tensor, records: Mapping[int, int], path: Path) -> Stored:
-    """Where `tensor`, which PyTorch has put on its meta device, lies in the file."""
+    """Where `tensor`, which PyTorch has put on its meta device, is stored in the file."""
     start = tensor.untyped_storage()._checkpoint_offset
     if start is None or start not in records:
         raise broken("not an archive as PyTorch writes them", path)
