@@ -180,6 +180,11 @@ def read_json(path: str | Path) -> Any:
         raise VicugnaError(f"not valid JSON: {error}", str(path), "Correct the file") from error
 
 
+def printable(text: str) -> str:
+    """`text` with lone surrogates (bytes of file names that are not UTF-8) as escapes."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def canonical(value: Any) -> bytes:
     """The one byte form of a JSON value that digests are taken over."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False,

@@ -15,6 +15,7 @@ import pytest
 
 from vicugna import model as face
 from vicugna.cli import main, output
+from vicugna.ledger import Ledger, recorded
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "server"))
 from live_server import scripted_model
@@ -113,3 +114,12 @@ def test_a_missing_file_with_any_name_is_one_line(encoding: str, tmp_path: Path)
                           env={**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": encoding})
     assert done.returncode == 2 and done.stdout in (b"", b"\xff\xfe")
     assert done.stderr.decode(encoding).startswith("vicugna: ") and b"Traceback" not in done.stderr
+
+
+def test_the_ledger_takes_names_of_any_bytes(tmp_path: Path) -> None:
+    book = Ledger(tmp_path / "ledger.sqlite")
+    with pytest.raises(ValueError), recorded(
+            book, book.open("eval", "research", "r", "c", "d", folder="caf\udce9"), tmp_path):
+        raise ValueError("caf\udce9")
+    (attempt,) = book.attempts()
+    assert (attempt.folder, attempt.result) == ("caf\\udce9", {"error": "caf\\udce9"})

@@ -28,14 +28,13 @@ from vicugna.files import storage_error
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Train, evaluate, release and serve Llama-class language models.")
-for verb in (run, train, chat, serve, release, verify, ledger, bench, info, plan,
-             convert):
-    app.command()(verb)
-app.command("eval")(evaluate)
+for verb in (run, train, evaluate, chat, serve, convert, release, verify, ledger, bench, info,
+             plan):
+    app.command("eval" if verb is evaluate else None)(verb)
 
 
 @app.callback()
-def _options(debug: Annotated[bool, typer.Option(help="Show tracebacks.")] = False) -> None:
+def _options(debug: Annotated[bool, typer.Option(help="Print tracebacks.")] = False) -> None:
     if debug:
         os.environ["VICUGNA_DEBUG"] = "1"
 

@@ -1,4 +1,4 @@
-"""`vicugna convert`: a checkpoint in another form, or with numbers of another kind."""
+"""`vicugna convert`: a checkpoint in another format or dtype."""
 
 from contextlib import ExitStack
 from typing import Annotated
@@ -19,7 +19,7 @@ def convert(
                                         "something out.")] = False,
     as_json: output.Json = False,
 ) -> None:
-    """Write checkpoint A to B in another form; B appears whole or not at all."""
+    """Convert checkpoint A to B: Hugging Face or GGUF, another dtype, quantised."""
     from vicugna.checkpoint.convert import convert
     from vicugna.progress import Report, bar
 

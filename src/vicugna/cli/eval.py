@@ -22,15 +22,15 @@ def evaluate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="--items: tokens per reply.")] = 128,
     batch: Annotated[int, typer.Option(min=1, help="--items: batch size.")] = 32,
     date: Annotated[datetime | None, typer.Option(
-        formats=["%Y-%m-%d"], help="Today, to chat templates; default: the recipe's, or a fixed "
-        "day.")] = None,
+        formats=["%Y-%m-%d"], help="The date that chat templates see; default: the recipe's, "
+        "or 2026-01-01.")] = None,
     dtype: output.Dtype = "float32",
     device: output.Device = "cpu",
     workspace: Annotated[Path, typer.Option(envvar="VICUGNA_WORKSPACE",
                                             help="Folder of the ledger.")] = Path("runs"),
     as_json: output.Json = False,
 ) -> None:
-    """Score MODEL on a recipe's tasks (--recipe) or on your own items (--items)."""
+    """Score MODEL on a recipe's eval groups (--recipe) or your own questions (--items)."""
     if (items is None) == (recipe is None):
         raise VicugnaError("give either --items or --recipe", "vicugna eval",
                            "For example --recipe speedrun")

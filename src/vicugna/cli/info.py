@@ -17,7 +17,7 @@ def info(
     = True,
     as_json: output.Json = False,
 ) -> None:
-    """Architecture, sizes, dtypes, context, tokenizer and digest of MODEL, never all in memory."""
+    """Show architecture, sizes, dtypes, context, tokenizer and digest of MODEL."""
     from vicugna import checkpoint, progress
     from vicugna.checkpoint import state_dict
     from vicugna.checkpoint.stream import digest_stored

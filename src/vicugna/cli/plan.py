@@ -16,27 +16,27 @@ def plan(
     model: Annotated[str, typer.Argument(help="A known model (llama-3.1-8b, llama-4-scout, "
                                          "deepseek-v3, behemoth, ...), a config.json, a "
                                          "checkpoint, or a recipe.")],
-    gpu: Annotated[str, typer.Option(help="Kind: a100, h100, h200, b200, ...")] = "h100",
+    gpu: Annotated[str, typer.Option(help="GPU model: a100, h100, h200, b200, ...")] = "h100",
     dtype: Annotated[str, typer.Option(help="Of the weights: fp32, bf16, fp8, int4.")] = "bf16",
     context: Annotated[int | None, typer.Option(
-        min=1, max=10**12, help="Tokens of each sequence; 8192, or the model's context if that is "
-        "shorter.")] = None,
-    batch: Annotated[int, typer.Option(min=1, max=10**9, help="Sequences at once.")] = 32,
+        min=1, max=10**12, help="Tokens per sequence; default: 8192, or the model's context length "
+        "if that is shorter.")] = None,
+    batch: Annotated[int, typer.Option(min=1, max=10**9, help="Batch size in sequences.")] = 32,
     utilisation: Annotated[float, typer.Option(
-        help="Part of the GPU's published peak compute and bandwidth that is "
-        "reached: an assumption.")] = 0.5,
-    price: Annotated[float, typer.Option(help="Of a GPU for an hour, in any currency: an "
-                                         "assumption.")] = 2.0,
+        help="Assumed fraction of the GPU's published peak compute and bandwidth that is "
+        "reached.")] = 0.5,
+    price: Annotated[float, typer.Option(help="Assumed price of a GPU-hour, in any "
+                                         "currency.")] = 2.0,
     as_json: output.Json = False,
 ) -> None:
     """Estimate memory, FLOPs, GPUs and cost of MODEL from its config alone.
 
-    Forward FLOPs of a token: 2 x multiplied parameters, and for each layer and
-    token seen 2 x heads x (key + value width); training takes 3 times that.
-    Training state: 16 bytes per parameter. GPUs: memory / (0.9 x memory of one),
-    as 1, 2, 4, 8 or whole nodes of 8. Time of a token: FLOPs / peak to read a
-    prompt or to train; to write, the longer of FLOPs / peak and bytes read /
-    bandwidth; peaks times --utilisation. No traffic between GPUs is counted.
+    Forward FLOPs per token: 2 x the parameters in matrix products, and per layer
+    2 x heads x (key + value width) x tokens attended to; training takes 3 times
+    that. Training state: 16 bytes per parameter. GPUs: memory / (0.9 x memory of
+    one), as 1, 2, 4, 8 or whole nodes of 8. Time of prefill and training: FLOPs /
+    peak; of decode: the longer of FLOPs / peak and bytes read / bandwidth; peaks
+    times --utilisation. Traffic between GPUs is not counted.
     """
     from vicugna.cli import planning
 
@@ -71,7 +71,7 @@ def _show(subject: "Subject", made: "Plan") -> None:
                  ("", *WEIGHT_BYTES),
                  [("weights", *(f"{_si(made.weights(kind))}B" for kind in WEIGHT_BYTES)),
                   (f"{gpu}, at least", *(f"{made.gpus(kind):,}" for kind in WEIGHT_BYTES))])
-    output.table("Keys and values of one sequence", ("tokens", *LENGTHS), [
+    output.table("KV cache of one sequence", ("tokens", *LENGTHS), [
         ("fp32" if made.dtype == "fp32" else "bf16",
          *(f"{_si(made.cache(n, made.dtype))}B" for n in LENGTHS.values()))])
     output.table(f"{needs} in {made.dtype},\nat {made.utilisation:.0%} of the peaks of {gpu} and "
@@ -79,9 +79,9 @@ def _show(subject: "Subject", made: "Plan") -> None:
         "work", "GPUs", "tokens/s", "GPU-hours/1M", "cost/1M", "bound by"), [
         (name, f"{gpus:,}", _short(work.tokens_per_second), _short(work.gpu_hours_per_million),
          _short(work.cost_per_million), work.bound) for name, gpus, work in (
-            ("read (prefill)", made.gpus(made.dtype), made.prefill),
-            ("write (decode)", made.gpus(made.dtype), made.decode),
-            ("train (bf16)", made.training_gpus, made.training))])
+            ("prefill", made.gpus(made.dtype), made.prefill),
+            ("decode", made.gpus(made.dtype), made.decode),
+            ("training (bf16)", made.training_gpus, made.training))])
     if subject.context and made.context > subject.context:
         print(f"Its context is {subject.context:,} tokens: it does not support {made.context:,}.")
     if subject.note:

@@ -13,7 +13,7 @@ def release(
     run: Annotated[Path, typer.Argument(help="A run's folder, such as runs/speedrun.")],
     as_json: output.Json = False,
 ) -> None:
-    """Make the release of a finished RUN; refused (exit 1) when its evidence does not hold."""
+    """Make the release of a finished RUN; refused (exit 1) if its evidence is not valid."""
     from vicugna.distributed import Ranks
     from vicugna.files import read_json
     from vicugna.run import run_recipe

@@ -16,14 +16,14 @@ Out = Annotated[Path | None, typer.Option(help="The run's folder; runs/NAME by d
 
 def run(recipe: RecipeArgument, settings: Settings = None, out: Out = None,
         as_json: output.Json = False) -> None:
-    """Run the stages of a RECIPE in order. Stopped, the same command goes on."""
+    """Run all stages of RECIPE in order; the same command resumes a run that was stopped."""
     _run(recipe, settings, out, None, as_json)
 
 
 def train(recipe: RecipeArgument,
           stage: Annotated[str, typer.Option(help="The stage's name in the recipe.")],
           settings: Settings = None, out: Out = None, as_json: output.Json = False) -> None:
-    """Run one stage of a RECIPE; the same command under torchrun, on many processes."""
+    """Run one stage of RECIPE, alone or under torchrun."""
     _run(recipe, settings, out, stage, as_json)
 
 

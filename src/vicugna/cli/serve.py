@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from vicugna.cli import output
+from vicugna.files import printable
 
 
 def serve(
@@ -35,7 +36,7 @@ def serve(
         output.say(f"No API key is set: whoever reaches {', '.join(sorted(origins))} can use it.")
     with bind(host, port) as bound:  # first, so that a taken port is known at once
         loaded = load(model, dtype, device)
-        shown = (name or Path(model).resolve().name).encode(errors="backslashreplace").decode()
+        shown = printable(name or Path(model).resolve().name)
 
         def ready(url: str) -> None:
             if as_json:

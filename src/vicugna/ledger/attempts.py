@@ -32,7 +32,7 @@ def recorded(ledger: Ledger, attempt: str, folder: Path) -> Iterator[None]:
         with suppress(VicugnaError):  # it may be closed already, or its disk be full
             if attempt:
                 ledger.close(attempt, outcome, {"peak_memory_bytes": peak_memory()},
-                             {"error": str(error)[:500]})
+                             {"error": files.printable(str(error))[:500]})
         exhausted = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         if exhausted or "allocate memory" in str(error):
             raise VicugnaError(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vicugna.errors import VicugnaError
-from vicugna.files import canonical, digest_of, disk_errors
+from vicugna.files import canonical, digest_of, disk_errors, printable
 
 OUTCOMES = ("done", "failed", "refused", "interrupted")
 GENESIS = "0" * 64  # `previous` of the first row
@@ -78,6 +78,7 @@ class Ledger:
              data_digest: str, parents: Sequence[str] = (), folder: str = "") -> str:
         """Enter an attempt before its first step; its id. If the last attempt of the same kind,
         recipe, data, parents and folder was killed or interrupted, that one is resumed."""
+        folder = printable(folder)
         same = {"kind": kind, "recipe_digest": recipe_digest, "data_digest": data_digest,
                 "parents": list(parents), "folder": folder}
         with self._transaction() as db:
