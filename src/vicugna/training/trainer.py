@@ -47,8 +47,6 @@ def train(network: nn.Module, objective: Objective, batch_of: Batches, spec: Sta
     module = parallel.place(Loss(network, objective, spec.precision), spec, ranks, values)
     opts = optimisers.build(network, spec.optimiser)
     done = state.load(folder, module, opts, ranks)
-    if ranks.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(ranks.device)
     peaks = cost.peaks(spec.precision, ranks.device)
     metrics = Metrics(folder, done["step"]) if ranks.first else None
     with progress.bar(where, spec.steps, ranks.first) as report:
@@ -60,16 +58,11 @@ def train(network: nn.Module, objective: Objective, batch_of: Batches, spec: Sta
             loss, norm = _step(module, network, opts, batch, spec, ranks)
             bad = 0 if isfinite(loss + norm) else done["bad"] + 1
             _check_finite(bad, step, spec, where)
-            seconds = time.perf_counter() - start
-            tokens = int(ranks.total(batch.tokens_BT.numel())[0])
-            flops = tokens * cost.flops_per_token(network, batch.tokens_BT.shape[1])
-            new = {"step": 1, "skipped": bad > 0, "tokens": tokens, "seconds": seconds,
-                   "flops": flops}
-            done = {"bad": bad, **{key: done[key] + value for key, value in new.items()}}
+            spent = _spent(network, batch, time.perf_counter() - start, ranks)
+            done = {"bad": bad, "step": step + 1, "skipped": done["skipped"] + (bad > 0),
+                    **{key: done[key] + value for key, value in spent.items()}}
             row = {"step": step, "loss": loss, "grad_norm": norm, "lr": lr,
-                   "tokens": done["tokens"], "tokens_per_second": tokens / seconds,
-                   **{share: flops / seconds / (peak * ranks.world)
-                      for share, peak in peaks.items()},
+                   "tokens": done["tokens"], **_rates(spent, peaks, ranks),
                    "skipped": done["skipped"], **batch.metrics}
             if validate:
                 network.eval()
@@ -77,9 +70,7 @@ def train(network: nn.Module, objective: Objective, batch_of: Batches, spec: Sta
                 network.train()
             if metrics:
                 metrics.write(row)
-            report(step + 1, f"loss {loss:.3f}, {tokens / seconds:.0f} tok/s, " + (
-                f"{row['mfu']:.0%} MFU" if "mfu" in row else
-                f"{row['matmul_utilisation']:.0%} of matmul rate"))
+            report(step + 1, _summary(row))
             if step % 50 == 49:
                 return_memory()
             if (step + 1) % spec.checkpoint_every == 0 and step + 1 < spec.steps:
@@ -88,8 +79,29 @@ def train(network: nn.Module, objective: Objective, batch_of: Batches, spec: Sta
         metrics.close()
     network.eval()
     return {**{key: done[key] for key in ("tokens", "flops", "skipped")},
-            "device_seconds": done["seconds"] * ranks.world,
-            **cost.peak_memory(ranks.device)}
+            "device_seconds": done["seconds"] * ranks.world, **cost.peak_memory(ranks.device)}
+
+
+def _spent(network: nn.Module, batch: TrainingBatch, seconds: float, ranks: Ranks
+           ) -> dict[str, float]:
+    """What one step took on all ranks together."""
+    tokens = int(ranks.total(batch.tokens_BT.numel())[0])
+    flops = tokens * cost.flops_per_token(network, batch.tokens_BT.shape[1])
+    return {"tokens": tokens, "seconds": seconds, "flops": flops}
+
+
+def _rates(spent: dict[str, float], peaks: dict[str, float], ranks: Ranks) -> dict[str, float]:
+    """A step's tokens a second, and its FLOPs as shares of cost.peaks."""
+    flops = spent["flops"] / spent["seconds"] / ranks.world  # a second, of one device
+    return {"tokens_per_second": spent["tokens"] / spent["seconds"],
+            **{share: flops / peak for share, peak in peaks.items()}}
+
+
+def _summary(row: dict[str, Any]) -> str:
+    """A step in a few words, for the progress bar."""
+    share = f"{row['mfu']:.0%} MFU" if "mfu" in row else (
+        f"{row['matmul_utilisation']:.0%} of matmul rate")
+    return f"loss {row['loss']:.3f}, {row['tokens_per_second']:.0f} tok/s, {share}"
 
 
 def _check_finite(bad: int, step: int, spec: StageSpec, where: str) -> None:
