@@ -89,3 +89,12 @@ def test_mixed_precision_goes_by_blocks(packed):
     assert not any("scaled_dot_product" in name for name in operations.names)
     assert got.dtype == torch.bfloat16
     torch.testing.assert_close(got.float(), plain(q, k, v.float(), positions, T), atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("span", [Span(), Span(window=3), Span(window=40), Span(window=400)],
+                         ids=str)
+def test_rows_may_start_at_any_position(span):
+    """Positions that begin above 0 are one document, whose earlier part is not there."""
+    q, k, v = torch.randn(3, 1, 600, 2, 8).unbind()
+    late = torch.arange(600)[None] + 1000
+    torch.testing.assert_close(Dense(late)(0, q, k, v, span), Dense()(0, q, k, v, span))

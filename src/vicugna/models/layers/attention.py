@@ -75,7 +75,7 @@ class Dense:
         values_BTGK = k_BTGK if v_BTGK is None else v_BTGK
         q, k, v = (x.transpose(1, 2) for x in (q_BTHK, k_BTGK, values_BTGK))
         T, window, chunk = q.shape[2], span.window or q.shape[2], span.chunk or q.shape[2]
-        # Without documents, chunks are rows of their own, each causal.
+        # Chunks of a single document are rows of their own, each causal.
         causal = window >= T and (chunk >= T or self.start_BT is None)
         sparse = self.start_BT is not None or not causal
         if sparse and span in self._block_masks and flex.takes(q, v):
@@ -86,6 +86,8 @@ class Dense:
             return self._banded(q, k, v, window).transpose(1, 2)
         if not causal:
             return _masked(q, k, v, self._mask(range(T), range(T), span, q)).transpose(1, 2)
+        if chunk >= T:
+            return self._causal(q, k, v).transpose(1, 2)
         parts = zip(*(x.split(chunk, dim=2) for x in (q, k, v)), strict=True)
         return torch.cat([self._causal(*part) for part in parts], dim=2).transpose(1, 2)
 
@@ -175,7 +177,7 @@ class Dense:
             query_nW = torch.arange(n * W, device=like.device).reshape(n, W)
             key_n2W = query_nW[:, :1] - W + torch.arange(2 * W, device=like.device)
             start = (query_nW.new_zeros(1, n, W) if self.start_BT is None
-                     else F.pad(self.start_BT, (0, n * W - T)).reshape(-1, n, W))
+                     else F.pad(self.start_BT.clamp(min=0), (0, n * W - T)).reshape(-1, n, W))
             mask = masks.causal(query_nW, key_n2W, Span(W).first_key(query_nW, start))
             self._masks[place] = masks.additive(mask[:, None, None], like.dtype)
         return self._masks[place]
