@@ -20,11 +20,15 @@ from PIL import Image
 from transformers.image_utils import load_image
 
 from vicugna.chat import encode, images
+from vicugna.chat.image_settings import ImageSettings, digest_with_images
 from vicugna.errors import VicugnaError
 from vicugna.tokenizer import Tokenizer
-from vicugna.tokenizer.settings import ImageSettings
 
 ANSWER = {"role": "assistant", "content": "A hill."}
+
+
+def settings_of(tok: Tokenizer) -> ImageSettings | None:
+    return ImageSettings.read(tok.processors)
 
 
 def read(tok: Tokenizer, chat: list[dict[str, Any]]) -> tuple[list[int], torch.Tensor]:
@@ -270,22 +274,24 @@ def change(folder: Path, target: Path, drop: tuple[str, ...] = (), **settings: A
 def test_settings_are_read_saved_and_part_of_the_digest(pair: tuple[Tokenizer, Any, Path],
                                                         tmp_path: Path) -> None:
     tok, _, folder = pair
-    assert tok.images == ImageSettings(SIDE, FEATURES)
+    assert settings_of(tok) == ImageSettings(SIDE, FEATURES)
     for name in ("older", "other", "saved", "none"):
         (tmp_path / name).mkdir()
     older = Tokenizer(change(folder, tmp_path / "older"))
-    assert (older.images, older.digest) == (tok.images, tok.digest)
+    assert settings_of(older) == settings_of(tok)
+    assert digest_with_images(older) == digest_with_images(tok)
     other = Tokenizer(change(folder, tmp_path / "other", max_patches=4, size=SIDE,
                              image_std=[0.5, 0.25, 0.5]))
-    assert other.images == ImageSettings(SIDE, FEATURES, 4, image_std=(0.5, 0.25, 0.5))
-    assert other.digest != tok.digest
+    assert settings_of(other) == ImageSettings(SIDE, FEATURES, 4, image_std=(0.5, 0.25, 0.5))
+    assert digest_with_images(other) != digest_with_images(tok)
     other.save(tmp_path / "saved")
     saved = Tokenizer(tmp_path / "saved")
-    assert (saved.images, saved.digest) == (other.images, other.digest)
+    assert settings_of(saved) == settings_of(other)
+    assert digest_with_images(saved) == digest_with_images(other)
     # Without the files, as beside Meta's weights, the defaults and the network decide.
     none = Tokenizer(change(folder, tmp_path / "none", drop=(
         "processor_config.json", "preprocessor_config.json")))
-    assert none.images is None
+    assert settings_of(none) is None
     chat = [user(picture(30, 40), "?")]
     (tokens, seen), due = (read(t, chat) for t in (none, tok))
     assert tokens == due[0] and torch.equal(seen, due[1])
@@ -295,7 +301,7 @@ def test_an_unknown_way_to_prepare_pictures(pair: tuple[Tokenizer, Any, Path], t
                                             ) -> None:
     tok = Tokenizer(change(pair[2], tmp_path, drop=("processor_config.json",),
                            image_processor_type="PixtralImageProcessor"))
-    assert tok.images is None
+    assert settings_of(tok) is None
     with pytest.raises(VicugnaError, match="unknown way"):
         read(tok, [user(picture(9, 9))])
 
@@ -312,7 +318,7 @@ def test_an_unknown_way_to_prepare_pictures(pair: tuple[Tokenizer, Any, Path], t
 def test_settings_that_cannot_be_are_named(pair: tuple[Tokenizer, Any, Path], tmp_path: Path,
                                            wrong: dict[str, Any]) -> None:
     with pytest.raises(VicugnaError, match=next(iter(wrong))) as caught:
-        Tokenizer(change(pair[2], tmp_path, **wrong))
+        digest_with_images(Tokenizer(change(pair[2], tmp_path, **wrong)))
     assert "preprocessor_config.json" in str(caught.value)
 
 
@@ -324,7 +330,7 @@ def test_settings_of_the_processor_that_cannot_be(pair: tuple[Tokenizer, Any, Pa
     path = change(pair[2], tmp_path) / "processor_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | wrong))
     with pytest.raises(VicugnaError, match=next(iter(wrong))) as caught:
-        Tokenizer(tmp_path)
+        digest_with_images(Tokenizer(tmp_path))
     assert "processor_config.json" in str(caught.value)
 
 

@@ -102,7 +102,7 @@ def test_forms_of_chats(row: dict[str, Any], due: Any) -> None:
 
 def test_a_column_says_which_form_is_meant() -> None:
     path = write("a.jsonl", json.dumps({"text": "x", "messages": CHAT, "talk": CHAT}))
-    with pytest.raises(VicugnaError, match="text and messages: which of them"):
+    with pytest.raises(VicugnaError, match="text and messages: ambiguous"):
         list(documents(SourceSpec(source=path)))
     for column, due in (("text", Text("x")), ("messages", Chat(CHAT, None, "a.jsonl line 1")),
                         ("talk", Chat(CHAT, None, "a.jsonl line 1"))):

@@ -41,7 +41,7 @@ def test_text_and_jsonl() -> None:
 
 def test_long_text_is_streamed_in_pieces_without_changing_its_tokens(
         tok: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "PIECE", 50)
+    monkeypatch.setattr(sources, "CHUNK", 50)
     text = "some words and more.\n\n    then code;\n\n\nx = 1!\n" * 20
     pieces = list(documents(SourceSpec(source=write("a.md", text))))
     assert len(pieces) > 9 and [p.last for p in pieces if isinstance(p, Text)].count(True) == 1

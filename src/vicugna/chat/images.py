@@ -20,11 +20,12 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from vicugna.chat.image_settings import ImageSettings
 from vicugna.chat.messages import Message, check_messages, image_parts
 from vicugna.chat.template import encode
 from vicugna.errors import VicugnaError
 from vicugna.tokenizer import Tokenizer
-from vicugna.tokenizer.settings import PROCESSORS, ImageSettings
+from vicugna.tokenizer.settings import PROCESSORS
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP")
 MAX_PIXELS = 50_000_000  # of a image: a small file may claim any number
@@ -60,8 +61,8 @@ def encode_with_images(tokenizer: Tokenizer, messages: list[Message], tile_size:
 
 def _settings(tokenizer: Tokenizer, tile_size: int, tile_tokens: int, image_token_id: int
               ) -> ImageSettings:
-    """What the checkpoint says of images, or if it says nothing, what its network needs."""
-    settings = tokenizer.images
+    """The checkpoint's image settings, by default what its network needs."""
+    settings = ImageSettings.read(tokenizer.processors)
     if settings is None and tokenizer.processors:
         raise VicugnaError("the checkpoint's images are prepared in an unknown way",
                            min(tokenizer.processors), "Use the files of a Llama 4")
@@ -82,7 +83,7 @@ def _settings(tokenizer: Tokenizer, tile_size: int, tile_tokens: int, image_toke
 
 def _opened(part: Message, where: str) -> Image.Image:
     """The image of a part, in RGB, on white where it is transparent. A file's image is turned
-    as its EXIF says; one of Pillow's is taken as it is."""
+    by its EXIF orientation; an Image object is taken as it is."""
     given = [part[key] for key in ("image", "path", "url") if part.get(key) is not None]
     if part["type"] != "image" or len(given) != 1:
         raise VicugnaError(f"not one image in a part of type {str(part['type'])[:40]!r}", where,

@@ -1,4 +1,4 @@
-"""The program that renders chat templates, which are programs from strangers.
+"""The program that renders chat templates, which are untrusted code.
 
 It is run by worker.py as a process of its own: a request a line of JSON on standard input, an
 answer a line on standard output. Jinja's sandbox keeps templates from objects' inner attributes;
@@ -25,7 +25,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.visitor import NodeTransformer
 
-# What looks for its first argument (or for any) in a text.
+# Methods of texts that search for their first argument.
 _SEARCHES = {"count", "endswith", "find", "index", "lstrip", "partition", "removeprefix",
              "removesuffix", "replace", "rfind", "rindex", "rpartition", "rsplit", "rstrip",
              "split", "startswith", "strip"}
@@ -47,7 +47,7 @@ class JsonText(str):
 
 
 def _json_values(value: Any) -> Any:
-    """A value with JsonTexts as what they say."""
+    """A value with each JsonText decoded."""
     if isinstance(value, JsonText):
         return value.value
     if isinstance(value, dict):
@@ -56,7 +56,7 @@ def _json_values(value: Any) -> Any:
 
 
 class _Generation(Extension):
-    """{% generation %}: the words of the assistant, with a scope of their own."""
+    """{% generation %}: a block of its own scope, as in transformers."""
 
     tags = {"generation"}  # noqa: RUF012 - as the base class has it
 
@@ -67,8 +67,8 @@ class _Generation(Extension):
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """The sandbox of transformers, in which texts are compared and searched in the form in which
-    user-provided ones are escaped, whoever wrote them."""
+    """The sandbox of transformers. User-provided text comes escaped (template.py), so both sides of
+    comparisons and searches are escaped: a template sees no difference."""
 
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, optimized=False,
@@ -82,18 +82,17 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.tests = {name: test if name == "sameas" else self.compares(test)
                       for name, test in self.tests.items()}
         self.globals |= {"raise_exception": _raise_exception, "strftime_now": self.strftime_now}
-        self.swaps: list[tuple[str, str]] = []  # what is escaped, and the mark for its first part
+        self.swaps: list[tuple[str, str]] = []  # parts to escape, and the marks
         self.now = datetime.now()
 
     def escape(self, text: str) -> str:
-        """A text in which the first character of what is escaped is a mark."""
+        """The text with the first character of each escaped part replaced by its mark."""
         for part, mark in self.swaps:
             text = text.replace(part, mark + part[1:])
         return text
 
     def compared(self, value: Any) -> Any:
-        """The form in which a text equals a user's: escaped. Of a list, its items; of an object,
-        its keys."""
+        """A value escaped for comparison: a text, a list's items, an object's keys."""
         if not self.swaps:
             return value
         if isinstance(value, str):
@@ -106,7 +105,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return value
 
     def compares(self, work: Any) -> Any:
-        """A test which, of two values, sees the form in which they compare."""
+        """A test that escapes its values where it compares two."""
         def test(*args: Any) -> Any:
             return work(*map(self.compared, args) if len(args) > 1 else args)
         return test
@@ -141,8 +140,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return super().call(context, obj, *args, **kwargs)
 
     def _sought(self, text: Any, name: str, *args: Any) -> tuple[Any, tuple[Any, ...]]:
-        """A text, and the arguments of a method that looks for the first of them in it, such that
-        it is found whoever wrote it: escaped."""
+        """A text and a search method's arguments, with what is searched for escaped in both."""
         if not self.swaps or not isinstance(text, str) or hasattr(text, "__html__") or not args:
             return text, args
         escaped = self.compared(args[0])
@@ -183,7 +181,7 @@ def _compiled(source: str) -> tuple[_Environment, jinja2.Template]:
 
 
 def _with_json(value: Any, texts: dict[str, Any]) -> Any:
-    """Messages whose calls' arguments are JsonTexts where `texts` says what they hold."""
+    """Messages with calls' arguments as JsonTexts where `texts` has their values."""
     if isinstance(value, list):
         return [_with_json(item, texts) for item in value]
     if not isinstance(value, dict):
@@ -222,7 +220,7 @@ def _answers(requests: Iterator[bytes]) -> Iterator[dict[str, Any]]:
             yield {"text": _render(json.loads(body))}
         except MemoryError:
             yield {"error": "it takes too much memory", "broken": True}
-        except BaseException as error:  # whatever a stranger's program may raise
+        except BaseException as error:  # whatever the template's code may raise
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             yield {"error": reason[:300].rstrip(".")}
         finally:

@@ -74,7 +74,7 @@ def encode_training(tokenizer: Tokenizer, messages: list[Message], tools: Tools 
 
 def _assistant_spans(tokenizer: Tokenizer, rendering: "_Rendering"
                      ) -> tuple[str, list[tuple[int, int]]]:
-    """The text of a chat, still escaped, and from where to where it is each assistant's turn."""
+    """The text of a chat, still escaped, and the (start, end) of each assistant turn in it."""
     text, spans = rendering.text(), list[tuple[int, int]]()
     marks = [(mark.start(), mark.end()) for mark in tokenizer.encoder.pattern.finditer(text)]
     ends = [end for start, end in marks
@@ -91,10 +91,10 @@ def _assistant_spans(tokenizer: Tokenizer, rendering: "_Rendering"
 
 def _left_out(messages: list[Message], rendering: "_Rendering", text: str,
               spans: list[tuple[int, int]]) -> list[tuple[int, str]]:
-    """(index, part) of what the assistant's turns in the text lack of their messages."""
-    said = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    """(message index, part) for each assistant turn that lacks a part of its message."""
+    replies = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     turns = [rendering.unescape(text[start:end]) for start, end in spans]
-    return [(index, part) for index, turn in zip(said, turns, strict=True)
+    return [(index, part) for index, turn in zip(replies, turns, strict=True)
             if (part := coverage.left_out(messages[index], turn))]
 
 
@@ -220,8 +220,8 @@ class _Rendering:
         return text
 
     def starts(self, whole: str) -> Iterator[int]:
-        """Where in `whole`, the text of all messages, each assistant's own words begin: where the
-        prompt for them ends, less what the template ends only prompts with, as <think>."""
+        """Where in `whole`, the text of all messages, each assistant message begins: where its
+        prompt ends, less what the template ends only prompts with, as <think>."""
         for index, message in enumerate(self._messages):
             if message["role"] == "assistant":
                 prompt = self.text(prompt=True, count=index) if index else ""
@@ -231,7 +231,8 @@ class _Rendering:
                     start = next((n for n, (a, b) in pairs if a != b), len(whole))
                 if not index or (start < len(prompt)
                                  and start < len(self.text(count=index))):
-                    raise VicugnaError("this template cannot show what the assistant said here",
-                                       f"messages[{index}]", "Begin with a system or user message, "
-                                       "and use a template that leaves earlier turns unchanged")
+                    raise VicugnaError(
+                        "this template does not continue the prompt with the assistant's message",
+                        f"messages[{index}]", "Begin with a system or user message, and use a "
+                        "template that leaves earlier turns unchanged")
                 yield start

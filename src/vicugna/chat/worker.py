@@ -1,5 +1,5 @@
-"""The process in which chat templates run (sandbox.py): started when first needed, kept for the
-next rendering, and started anew after a template had to be ended."""
+"""The process in which chat templates run (sandbox.py): started on first use, reused, and
+restarted after a template exceeded its limits."""
 
 import atexit
 import json
@@ -44,7 +44,7 @@ class Worker:
                            "characters": OUTPUT + 40 * size, **more})
         request = f"{limits} {body}\n".encode()
         with self._lock:
-            # The second time, as a machine that stands still lets the processor's clock run on.
+            # Retried once: while a virtual machine is paused its CPU clock may run on.
             answer = self._ask(request) or self._ask(request)
         if answer is None:
             raise _refused("it runs for too long, or breaks the process it runs in")
@@ -65,7 +65,7 @@ class Worker:
             line = process.stdout.readline()
         except BrokenPipeError:
             line = b""
-        except BaseException:  # Ctrl-C: the answer to come would be taken for the next one's
+        except BaseException:  # Ctrl-C: drop the pending answer
             self.stop()
             raise
         answer: dict[str, Any] | None = json.loads(line) if line.endswith(b"\n") else None

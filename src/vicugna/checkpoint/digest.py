@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from vicugna.chat.image_settings import digest_with_images
 from vicugna.checkpoint.stored import raw_bytes
 from vicugna.dtypes import name_of
 from vicugna.files import digest_of
@@ -40,7 +41,7 @@ def digest(tensors: Mapping[str, Tensor], config: Mapping[str, Any], tokenizer: 
     return digest_of({
         "tensors": entries,
         "config": {key: value for key, value in config.items() if key not in NOTES},
-        "tokenizer": tokenizer.digest if tokenizer else None,
+        "tokenizer": digest_with_images(tokenizer) if tokenizer else None,
         "generation_config": {key: value for key, value in generation_config.items()
                               if key not in ("transformers_version", "_from_model_config")},
         "quantisation": None,

@@ -16,12 +16,12 @@ from vicugna.errors import VicugnaError
 from vicugna.tokenizer import Tokenizer
 
 _VERSION = 2
-_BATCH = 32  # documents, or pieces of long ones, that are encoded at a time
+_BATCH = 32  # documents, or parts of long ones, encoded at a time
 
 
 @dataclass(frozen=True)
 class TokenFile:
-    """Document d is tokens[offsets[d]:offsets[d+1]]; `mask` (chats only) says where loss lies."""
+    """Document d is tokens[offsets[d]:offsets[d+1]]; `mask` is the loss mask (chats only)."""
 
     tokens: np.ndarray  # uint16 or uint32 [n]
     offsets: np.ndarray  # int64 [documents + 1]
@@ -67,11 +67,11 @@ def _write(spec: SourceSpec, tokenizer: Tokenizer, folder: Path, date: Date | No
             kinds |= set(map(type, batch))
             if len(kinds) > 1:
                 raise VicugnaError("text and messages are mixed", spec.source, "Use two sources")
-            for ids, said, last in _encoded(batch, tokenizer, date):
+            for ids, loss_mask, last in _encoded(batch, tokenizer, date):
                 if begins and Text in kinds:
                     ids = [tokenizer.bos_id, *ids]
                 tokens.write(np.asarray(ids, dtype).tobytes())
-                mask.write(np.asarray(said, np.bool_).tobytes())
+                mask.write(np.asarray(loss_mask, np.bool_).tobytes())
                 count, begins = count + len(ids), last
                 if last:
                     ends.append(count)
@@ -87,9 +87,9 @@ def _write(spec: SourceSpec, tokenizer: Tokenizer, folder: Path, date: Date | No
 def _encoded(batch: list[Text | Chat], tokenizer: Tokenizer, date: Date | None
              ) -> Iterator[tuple[list[int], list[bool], bool]]:
     """Tokens (without BOS for texts), loss mask (chats only), and whether the document ends."""
-    pieces = [piece for piece in batch if isinstance(piece, Text)]
-    for piece, ids in zip(pieces, tokenizer.encode_batch([p.text for p in pieces]), strict=True):
-        yield [*ids, tokenizer.eos_ids[0]] if piece.last else ids, [], piece.last
+    texts = [one for one in batch if isinstance(one, Text)]
+    for text, ids in zip(texts, tokenizer.encode_batch([t.text for t in texts]), strict=True):
+        yield [*ids, tokenizer.eos_ids[0]] if text.last else ids, [], text.last
     for one in batch:
         if isinstance(one, Chat):
             try:

@@ -21,7 +21,7 @@ TURNS = ("messages", "conversations", "conversation")  # the second and third ar
 PAIRS = (("prompt", "completion"), ("prompt", "response"), ("instruction", "output"),
          ("instruction", "response"), ("question", "answer"))  # of the user and the assistant
 FIELDS = {"text", *TURNS, *(key for pair in PAIRS for key in pair)}  # of rows that are read
-# What would be trained on as gibberish, or would hide chats; and what to do about it.
+# Files that are not text, and what to do with them.
 REFUSED = {
     **dict.fromkeys((".zip", ".7z", ".rar", ".tar", ".tgz"), "Unpack it, and name the files in it"),
     **dict.fromkeys((".arrow", ".feather", ".orc", ".avro", ".db", ".sqlite", ".pkl", ".pickle"),
@@ -64,7 +64,7 @@ def rows(path: Path, columns: Callable[[list[str]], list[str]]) -> Iterator[Row]
 
 
 def lines(path: Path) -> Iterator[str]:
-    """The lines of a UTF-8 text file, which may be compressed, ends kept."""
+    """The lines of a UTF-8 text file, which may be compressed, with line ends."""
     number = 1
     try:
         with _open(path) as file:

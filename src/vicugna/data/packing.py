@@ -1,4 +1,4 @@
-"""Rows: fixed-length pieces of training data, each a pure function of (source, seed, row)."""
+"""Rows: fixed-length sequences of training data, each a pure function of (source, seed, row)."""
 
 import sys
 from bisect import bisect_right
@@ -17,7 +17,7 @@ IGNORED = -100  # a target without loss
 
 @dataclass
 class Row:
-    """T+1 tokens; `loss_mask` says which are targets; `positions` restart with each document."""
+    """T+1 tokens; `loss_mask` marks the targets; `positions` restart with each document."""
 
     tokens: np.ndarray  # int32 [T+1]
     loss_mask: np.ndarray  # bool [T+1]
@@ -43,13 +43,14 @@ def collate(rows: Sequence[Row]) -> Batch:
 
 def pack(documents: Sequence[tuple[np.ndarray, np.ndarray]], length: int, pad: int) -> Row:
     """Documents (tokens, loss mask) one after another in `length` tokens, then one of pads without
-    loss. A document's first token is no target: what stands before it is another document's."""
+    loss. A document's first token is no target, as another document precedes it."""
     tokens = np.full(length, pad, np.int32)
     mask, positions = np.zeros(length, np.bool_), np.zeros(length, np.int32)
     at = 0
-    for ids, said in documents:
+    for ids, loss_mask in documents:
         end = at + len(ids)
-        tokens[at:end], mask[at:end], positions[at:end] = ids, said, np.arange(len(ids))
+        tokens[at:end], mask[at:end], positions[at:end] = ids, loss_mask, np.arange(
+            len(ids))
         mask[at], at = False, end
     positions[at:] = np.arange(length - at)
     return Row(tokens, mask, positions)
@@ -91,12 +92,12 @@ class FileRows:
             windows = (int(starts[-1]) - 1) // (self._length - 1)
             begins = _random(self._seed, epoch, 1).permutation(windows) * (self._length - 1)
             return order, starts, begins, begins + self._length
-        firsts, room = [0], self._length
+        firsts, space = [0], self._length
         for place, n in enumerate(self._lengths[order].tolist()):
-            if n > room:
+            if n > space:
                 firsts.append(place)
-                room = self._length
-            room -= n
+                space = self._length
+            space -= n
         return order, starts, starts[firsts], starts[[*firsts[1:], len(order)]]
 
     def row(self, k: int) -> Row:

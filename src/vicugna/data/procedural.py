@@ -1,4 +1,4 @@
-"""Rows of procedural items: questions with worked solutions, made on the spot, never repeated."""
+"""Rows of procedural items: questions with worked solutions, generated on the fly."""
 
 import hashlib
 from datetime import date as Date
@@ -62,13 +62,13 @@ class TaskRows:
 
     def row(self, k: int) -> Row:
         parts: list[tuple[np.ndarray, np.ndarray]] = []
-        room, j = self._length, 0
-        while room > 0:
-            part = self._fitted(k, j, room)
+        space, j = self._length, 0
+        while space > 0:
+            part = self._fitted(k, j, space)
             j += 1
             if part is not None:
                 parts.append(part)
-                room -= len(part[0])
+                space -= len(part[0])
             elif parts:
                 break
             elif j == _TRIES:
@@ -76,17 +76,17 @@ class TaskRows:
                                    self._spec.source, "Make the sequence longer or items easier")
         return pack(parts, self._length, self._pad)
 
-    def _fitted(self, k: int, j: int, room: int) -> tuple[np.ndarray, np.ndarray] | None:
-        """Item (k, j) as tokens and loss mask, or None when it takes more than `room`."""
-        if room < self._least:
+    def _fitted(self, k: int, j: int, space: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """Item (k, j) as tokens and loss mask; None when it has more than `space` tokens."""
+        if space < self._least:
             return None
         wanted = self._spec.difficulty.get("length_tokens", 0)
-        target = min(_draw(Random(f"{self._seed}/{k}/{j}"), wanted), room)
+        target = min(_draw(Random(f"{self._seed}/{k}/{j}"), wanted), space)
         slope, fixed = self._characters if wanted else (0.0, 0.0)
         length = max(0, int((target - fixed) * slope))
         for _ in range(4):
             part = self._made(k, j, length)
-            if len(part[0]) <= room:
+            if len(part[0]) <= space:
                 return part
             if length == 0:
                 break

@@ -59,7 +59,7 @@ def to_document(row: dict[str, Any], column: str | None, where: str) -> Text | C
 
 
 def _form(row: dict[str, Any], where: str) -> str:
-    """The field that says what a row is."""
+    """The field that decides what a row is read as."""
     found = [key for key in ("text", *TURNS) if key in row]
     found += [asked for asked, answer in PAIRS if asked in row and answer in row][:1]
     if "chosen" in row and "rejected" in row:
@@ -69,7 +69,7 @@ def _form(row: dict[str, Any], where: str) -> str:
         raise VicugnaError(f'neither "text" nor "messages" (there are: '
                            f"{', '.join(map(str, row))[:200]})", where, _FORMS)
     if len(found) > 1:
-        raise VicugnaError(f"it has {' and '.join(found)}: which of them is meant is not clear",
+        raise VicugnaError(f"it has {' and '.join(found)}: ambiguous",
                            where, f"Name one: column: {found[1]}")
     return found[0]
 
@@ -137,7 +137,7 @@ def _decoded_list(value: Any) -> Any:
 
 
 def plain_texts(one: Text | Chat) -> Iterator[str]:
-    """All that is said in a document, without the form of chats: to train a tokenizer on."""
+    """The texts in a document, without the chat template: to train a tokenizer on."""
     if isinstance(one, Text):
         yield one.text
         return

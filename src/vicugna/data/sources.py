@@ -21,7 +21,7 @@ from vicugna.data.records import Chat, Text, to_document
 from vicugna.errors import VicugnaError
 
 STDLIB, TASK, HUB = "stdlib", "task:", "hf:"
-PIECE = 1 << 17  # characters of a long text that are held at once
+CHUNK = 1 << 17  # characters of a long text that are held at once
 _NOT_STDLIB = {"test", "tests", "idlelib", "site-packages", "dist-packages", "__pycache__",
                "idle_test", "turtledemo", "encodings"}  # encodings: tables of numbers
 Amount = int | float | Annotated[list[int | float], Field(min_length=2, max_length=2)]
@@ -139,16 +139,16 @@ def stdlib_files() -> list[Path]:
 
 def _read_file(path: Path, column: str | None) -> Iterator[Text | Chat]:
     if formats.is_plain_text(path):
-        return _text_pieces(path)
+        return _text_chunks(path)
     rows = formats.rows(path, lambda names: _columns(names, column, str(path)))
     return (to_document(row, column, where) for where, row in rows)
 
 
-def _text_pieces(path: Path) -> Iterator[Text]:
+def _text_chunks(path: Path) -> Iterator[Text]:
     """One document, cut where a line starts with no space: there tokens never straddle."""
     held = ""
     for line in formats.lines(path):
-        if len(held) >= PIECE and not line[0].isspace():
+        if len(held) >= CHUNK and not line[0].isspace():
             yield Text(held, last=False)
             held = ""
         held += line

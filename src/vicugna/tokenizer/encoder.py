@@ -13,7 +13,7 @@ from vicugna.errors import VicugnaError
 
 class Encoder:
     """A checkpoint's tokenizer, but its special tokens are recognised only under placeholders:
-    names drawn anew in every process, which no text can spell. The special tokens' own names are
+    random names, new in every process, which no text can spell. The special tokens' own names are
     plain text to it."""
 
     def __init__(self, raw: tokenizers.Tokenizer, special: Mapping[str, int], unknown: int | None,

@@ -1,4 +1,4 @@
-"""What a stranger's tokenizer.json may make of a text: the library sets no limits of its own."""
+"""Limits on what an untrusted tokenizer.json makes of a text; the library sets none."""
 
 import json
 from collections.abc import Iterator
@@ -11,13 +11,13 @@ from vicugna.errors import VicugnaError
 from vicugna.tokenizer.model_file import panics_caught
 
 ADDED = 20_000  # tokens beside the vocabulary; Llama 4 has 2,048
-GROWTH = 100  # times that a text may become longer
-PARTS = 20_000  # characters that describe what stands around a text; Llama 3's are 1,000
+GROWTH = 100  # factor by which a text may grow
+PARTS = 20_000  # characters of the post-processor; Llama 3's has 1,000
 PREFIX = 1000  # characters
 
 
 def check(raw: tokenizers.Tokenizer) -> None:
-    """Raise ValueError for parts that would make far more of a text than it holds."""
+    """Raise ValueError for parts that would make a text far longer."""
     if len(raw.get_added_tokens_decoder()) > ADDED:
         raise ValueError(f"more than {ADDED:,} added tokens")
     if raw.post_processor is not None and len(raw.post_processor.__getstate__()) > PARTS:
@@ -29,8 +29,8 @@ def check(raw: tokenizers.Tokenizer) -> None:
 
 
 def _growth(part: Any) -> float:
-    """How many times as long a part of tokenizer.json makes a text, at most; infinity for a prefix
-    that is too long."""
+    """Upper bound of the factor by which a part of tokenizer.json makes a text longer; infinity for
+    a prefix that is too long."""
     growth = 1.0
     for inner in part.get("normalizers") or part.get("decoders") or ():
         growth *= _growth(inner)

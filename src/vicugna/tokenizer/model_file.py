@@ -1,4 +1,4 @@
-"""The tokenizer files of the models' makers, as the tokenizer.json that means the same.
+"""The original tokenizer files of each family, as the equivalent tokenizer.json.
 
 They have four forms: SentencePiece's tokenizer.model (Llama 1 and 2, Mistral, Mixtral), one of
 tiktoken's ranks (Llama 3 and 4), Mistral's tekken.json (Nemo, Small and later), and vocab.json with
@@ -51,7 +51,7 @@ def panics_caught() -> Iterator[None]:
 
 def read(path: Path, version: str | None, legacy: bool) -> tuple[tokenizers.Tokenizer,
                                                                dict[str, Any]]:
-    """The tokenizer in a maker's file, and what tokenizer_config.json says of it. `version` and
+    """The tokenizer in an original file, and its tokenizer_config.json. `version` and
     `legacy` are `from_model_file`'s. Raises VicugnaError, within seconds on any file."""
     with _refused(path):
         data = _content(path)
@@ -229,7 +229,7 @@ def _tekken(content: Any) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
         if sorted(entry["rank"] for entry in entries) != list(range(len(entries))):
             raise ValueError("the ranks of its tokens are not 0, 1, 2, ...")
     if first + len(ranked) != size or not len(special) <= first <= MAX_TOKENS:
-        raise ValueError("it has fewer tokens than it says, or more special ones")
+        raise ValueError("the numbers of tokens in it contradict each other")
     special += [f"<SPECIAL_{id}>" for id in range(len(special), first)]
     raw = _of_ranks({b64decode(entry["token_bytes"], validate=True): entry["rank"]
                      for entry in ranked}, special, config["pattern"])

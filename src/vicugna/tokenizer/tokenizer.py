@@ -4,7 +4,7 @@ import codecs
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from vicugna.tokenizer import limits, model_file, settings
 from vicugna.tokenizer.byte_level import BYTES
 from vicugna.tokenizer.encoder import Encoder
 from vicugna.tokenizer.model_file import panics_caught
-from vicugna.tokenizer.settings import ImageSettings, Settings
+from vicugna.tokenizer.settings import Settings
 
 # The first that is there is read.
 FILES = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json")
@@ -65,8 +65,8 @@ class Tokenizer:
     tool calls: those that the files call special, name (as bos_token), or write in brackets."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Read a checkpoint's tokenizer: tokenizer.json or, where there is none, the file of the
-        model's maker (see `from_model_file`), with what the files beside it say. VicugnaError when
+        """Read a checkpoint's tokenizer: tokenizer.json or, where there is none, the
+        original file (see `from_model_file`), with the settings beside it. VicugnaError when
         a file is missing or broken."""
         folder = Path(folder)
         path = next((folder / name for name in FILES if (folder / name).exists()),
@@ -84,7 +84,7 @@ class Tokenizer:
             raise
         except Exception as error:  # the library raises plain Exception
             if path.suffix == ".json":
-                files.read_json(path)  # says it better where it is no JSON at all
+                files.read_json(path)  # raises a clearer error where it is not JSON
             raise VicugnaError(f"not a tokenizer: {error}", str(path), "Get it again") from error
 
     @classmethod
@@ -116,7 +116,7 @@ class Tokenizer:
         self.json = self._raw.to_str(pretty=True) if changed or raw else tokenizer_json
         self.config, self.templates, self._names_map = (found.config, found.templates,
                                                         found.names_map)
-        self.processors, self.images = found.processors, ImageSettings.read(found.processors)
+        self.processors = found.processors  # files about images (chat/image_settings.py)
         self.named_tokens = found.names  # such as bos_token, of which a template may speak
         added = self._raw.get_added_tokens_decoder()
         named = set(self.named_tokens.values())
@@ -163,12 +163,15 @@ class Tokenizer:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over the tokenizer, the names of its special tokens, the chat templates, and the
-        settings of pictures if there are any."""
+        """SHA-256 (hex) over `contents`."""
+        return files.digest_of(self.contents)
+
+    @property
+    def contents(self) -> dict[str, Any]:
+        """What decides tokens: the tokenizer, the names of special tokens, the chat templates."""
         several = self.templates.keys() - {"default"}
-        images = {} if self.images is None else {"images": asdict(self.images)}
-        return files.digest_of({"tokenizer": json.loads(self.json), "names": self.named_tokens,
-                                "template": self.templates if several else self.template, **images})
+        return {"tokenizer": json.loads(self.json), "names": self.named_tokens,
+                "template": self.templates if several else self.template}
 
     def save(self, folder: str | Path) -> None:
         """Write the Hugging Face files; each is replaced atomically."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vicugna.errors import VicugnaError
-from vicugna.tokenizer import Tokenizer
+from vicugna.tokenizer import Tokenizer, byte_level
 from vicugna.tokenizer.model_file import merges
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -27,27 +27,20 @@ NAMES = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": 
 # Tokens that llama.cpp's converter takes for control tokens though their makers do not.
 LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<｜.*｜>|<unused.*>|<pad>|<mask>|<2mass>|\[@BOS@\]")
 
-_S, _WORD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)", r"[^\r\n\p{L}\p{N}]?"
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_PATHS = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_GPT2 = (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
-_LLAMA3 = rf"{_S}|{_WORD}\p{{L}}+|\p{{N}}{{1,3}}|{_REST}"
-# llama.cpp's names of pre-tokenizers: the expressions that cut a text, and whether a word that is
-# a token is not split, whatever the merges are (ignore_merges) (src/llama-vocab.cpp).
+# llama.cpp's names of pre-tokenizers: the expressions that split a text, and whether a word that is
+# a token is not split, whatever the merges are (ignore_merges; src/llama-vocab.cpp).
 SPLITS: dict[str, tuple[tuple[str, ...], bool]] = {
-    "llama-bpe": ((_LLAMA3,), True),
-    "smaug-bpe": ((_LLAMA3,), False),
-    "qwen2": ((rf"{_S}|{_WORD}\p{{L}}+|\p{{N}}|{_REST}",), False),
-    "tekken": ((rf"{_WORD}{_UPPER}*{_LOWER}+|{_WORD}{_UPPER}+{_LOWER}*|\p{{N}}|{_PATHS}",), True),
-    "llama4": ((rf"{_WORD}{_UPPER}*{_LOWER}+{_S}?|{_WORD}{_UPPER}+{_LOWER}*{_S}?|\p{{N}}{{1,3}}|"
-                rf"{_PATHS}",), False),
+    "llama-bpe": ((byte_level.LLAMA_3_SPLIT,), True),
+    "smaug-bpe": ((byte_level.LLAMA_3_SPLIT,), False),
+    "qwen2": ((byte_level.QWEN_2_SPLIT,), False),
+    "tekken": ((byte_level.TEKKEN_SPLIT,), True),
+    "llama4": ((byte_level.LLAMA_4_SPLIT,), False),
     "deepseek-v3": ((r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+",
                      r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|"
                      r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|"
                      r"\s+(?!\S)|\s+"), False),
-    "gpt-2": ((_GPT2,), False),
-    "smollm": ((r"\p{N}", _GPT2), False),
+    "gpt-2": ((byte_level.GPT_2_SPLIT,), False),
+    "smollm": ((r"\p{N}", byte_level.GPT_2_SPLIT), False),
 }
 ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2",
            "gpt-4o": "llama4", "dbrx": "smaug-bpe"}
@@ -138,7 +131,7 @@ def _split_name(content: dict[str, Any]) -> str:
         elif step["type"] == "Digits" and step["individual_digits"]:
             cuts.append(r"\p{N}")
         elif step["type"] == "ByteLevel" and not step["add_prefix_space"]:
-            cuts += [_GPT2] if step["use_regex"] else []
+            cuts += [byte_level.GPT_2_SPLIT] if step["use_regex"] else []
         else:
             raise _foreign(f"the pre-tokenizer step {step['type']}")
     others = [step["type"] for step in _steps(content["normalizer"], "normalizers")
