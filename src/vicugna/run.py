@@ -105,19 +105,11 @@ class Run:
         """The tokenizer of the model that training stage `name` starts from."""
         before = self.recipe.model_before(name)
         if before == START:
-            return self.start_tokenizer
+            return self.model(START, "meta").text_tokenizer()
         made = before or next(one.name for one in self.recipe.before(name)
                               if isinstance(one, TokenizerSpec))
         self.output(made)  # it must be done
         return Tokenizer(self.path(made) / "checkpoint")
-
-    @cached_property
-    def start_tokenizer(self) -> Tokenizer:
-        """The tokenizer of the checkpoint START; VicugnaError if it has none."""
-        if found := self.model(START, "meta").tokenizer:
-            return found
-        raise VicugnaError("the checkpoint has no tokenizer", str(self.recipe.model.start),
-                           "Add its tokenizer files")
 
 
 def run_recipe(recipe: Recipe, folder: Path, ranks: Ranks, only: str | None = None,
@@ -140,7 +132,7 @@ def run_recipe(recipe: Recipe, folder: Path, ranks: Ranks, only: str | None = No
 
 
 def _check(recipe: Recipe) -> None:
-    """Raise VicugnaError now for what a later stage would fail on hours from here."""
+    """Raise VicugnaError now for what would fail in a later stage, perhaps after hours."""
     for stage in recipe.stages:
         where = f"stages.{stage.name}"
         match stage:
@@ -164,7 +156,7 @@ def _check_sources(specs: Sequence[data.SourceSpec], where: str) -> None:
 
 @contextmanager
 def _claimed(run: Run) -> Iterator[None]:
-    """The run's folder, for this process group alone, with this recipe in it."""
+    """Lock the run's folder for this process group, and store the recipe in it."""
     if not run.ranks.first:
         run.ranks.wait()
         yield
@@ -296,11 +288,10 @@ def _evaluate(run: Run, stage: EvalSpec, path: Path) -> Result:
     *compared, final = run.recipe.scored(stage)
     for name in [*compared, final]:
         model = run.model(name)
-        words = model.tokenizer or run.start_tokenizer
         fewer = stage.compare_groups if name != final else ()
         plan = evals.build_plan([group for group in stage.groups
-                                 if not fewer or group["group"] in fewer], words,
-                                run.recipe.date)
+                                 if not fewer or group["group"] in fewer],
+                                model.text_tokenizer(), run.recipe.date)
         digests.append(evaluate(model, plan, stage.batch, path / name, run.ledger,
                                 run.recipe.digest, run.folder.resolve().name,
                                 purpose=run.recipe.purpose(stage.name),

@@ -95,6 +95,8 @@ def test_what_a_checkpoint_to_start_from_excludes(stages: list[Any], said: str) 
     ("stages.sft={steps: 3}", "a stage without its kind. Give the key kind"),
     ("stages.sft=3", "stages.2: Input should be a valid dictionary"),
     ("stages.sft.name=a.b", "stages.a.b.name: String should match pattern"),
+    ("stages=3", "stages: Input should be a valid tuple"),
+    ("stages={sft: {steps: 3}}", "stages: Input should be a valid tuple"),
     ("stages=[]", "stages: Tuple should have at least 1 item"),
     ("date=tomorrow", "date: Input should be a valid date"),
 ])
@@ -102,6 +104,14 @@ def test_overrides_that_fit_nothing(setting: str, said: str) -> None:
     with pytest.raises(VicugnaError) as caught:
         read("tiny", [setting])
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("stages", [3, None, "sft", {"sft": {"steps": 1}}, [3, None, [], {}]])
+def test_stages_that_are_none(stages: Any, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({"stages": stages}))
+    for settings in ((), ("stages.sft.steps=5",), ("sft.steps=5",)):
+        with pytest.raises(VicugnaError):
+            read(tmp_path / "r.yaml", settings)
 
 
 def test_overrides_reach_stages_by_name(tmp_path: Path) -> None:

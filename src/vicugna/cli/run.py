@@ -8,7 +8,7 @@ import typer
 from vicugna.cli import output
 
 RecipeArgument = Annotated[str, typer.Argument(
-    help="A recipe's file, or the name of one that comes with vicugna: speedrun, tiny.")]
+    help="A recipe's file, or the name of one of ours: speedrun, tiny, finetune.")]
 Settings = Annotated[list[str] | None, typer.Option(
     "--set", help="Override one key: model.depth=8, or stages.NAME.steps=500. May be repeated.")]
 Out = Annotated[Path | None, typer.Option(help="The run's folder; runs/NAME by default.")]

@@ -350,7 +350,7 @@ def _override(values: dict[str, Any], setting: str) -> None:
 def _names(stages: Any) -> list[str]:
     """The names of stages as they stand in the file; "" for what has none."""
     return [str(one.get("name") or one.get("kind") or "") if isinstance(one, dict) else ""
-            for one in stages or ()]
+            for one in (stages if isinstance(stages, list) else ())]
 
 
 def _number(stages: list[Any], name: str, key: str) -> int:
