@@ -235,6 +235,23 @@ def test_killed_between_two_renamings_it_goes_on(small: Small, monkeypatch: pyte
         name: before[name] for name in ("tokenizer", "pretrain")}
 
 
+def test_work_is_found_again_whatever_its_name_has_become(small: Small,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    small.stages.append(SFT)
+    small()
+    before = frozen(small)
+    small.stages.insert(2, {**SFT, "name": "more", "steps": 1})  # changes what sft starts from
+    small()
+    assert (small.folder / "04-sft.old-1").exists()
+    del small.stages[2]
+    small.stages[1]["name"], small.stages[2] = "base", {**SFT, "name": "chat"}
+    monkeypatch.setattr(supervised, "batches", None)  # would raise
+    small()
+    assert {"01-tokenizer", "02-base", "03-chat"} < {*folders(small)}
+    after = frozen(small)
+    assert (after["base"], after["chat"]) == (before["pretrain"], before["sft"])
+
+
 def test_a_name_that_ends_in_another_name(small: Small) -> None:
     small.stages += [{**SFT, "name": "more-sft"}, SFT]
     small()

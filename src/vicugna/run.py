@@ -4,8 +4,8 @@
     runs/ledger.sqlite
 
 A stage is done when its stage.json is there, and is not run again while the digest of its inputs
-stays the same, whatever its number has become. What an edited recipe makes obsolete is moved
-aside, never deleted.
+stays the same, whatever has become of its number or name. What an edited recipe makes obsolete is
+moved aside, never deleted.
 """
 
 import re
@@ -189,20 +189,21 @@ def _renumber(run: Run, name: str) -> None:
 def _run_stage(run: Run, stage: AnyStage, log: Log) -> None:
     path = run.path(stage.name)
     inputs, data_digest, parents = _inputs(run, stage)
-    if (record := run.record(stage.name)) and record["inputs"] == inputs:
-        log(f"{stage.name}: done before")
-        return
+    if run.ranks.first:
+        _prepare(run, path, inputs, log)
     run.ranks.wait()
+    if run.record(stage.name):
+        log(f"{stage.name}: up to date")
+        return
     attempt = ""
     if run.ranks.first:
-        _clear(path, inputs, log)
-        files.write_json(path / "started.json", {"kind": stage.kind, "inputs": inputs})
+        files.write_json(path / "started.json", {"inputs": inputs})
         if not isinstance(stage, EvalSpec):  # each evaluation has its own
             attempt = run.ledger.open(
                 stage.kind, run.recipe.purpose(stage.name), run.recipe.digest, code_version(),
                 data_digest, parents, run.folder.resolve().name)
     run.ranks.wait()
-    log(f"{stage.name}: begins")
+    log(f"{stage.name}: starting")
     with recorded(run.ledger, attempt, run.folder):
         digest, cost = (WORK[stage.kind](run, stage, path)
                         if isinstance(stage, StageSpec | EvalSpec) or run.ranks.first
@@ -211,28 +212,41 @@ def _run_stage(run: Run, stage: AnyStage, log: Log) -> None:
             if attempt:
                 run.ledger.close(attempt, "done", cost, {"digest": digest})
             files.write_json(path / "stage.json", {
-                "kind": stage.kind, "name": stage.name, "inputs": inputs, "cost": cost,
-                "output": digest, "attempt": attempt})
+                "kind": stage.kind, "inputs": inputs, "cost": cost, "output": digest,
+                "attempt": attempt})
 
 
-def _clear(path: Path, inputs: str, log: Log) -> None:
-    """Prepare the stage's folder: remove what a killed process left half-written, move aside what
-    was made from other inputs."""
-    started = path / "started.json"
-    if started.exists() and files.read_json(started)["inputs"] != inputs:
+def _prepare(run: Run, path: Path, inputs: str, log: Log) -> None:
+    """Leave in the stage's folder only what was made from these inputs, finished or not. What was
+    made from others is moved aside; what was once moved aside, or was made under a name that the
+    recipe no longer has, comes back."""
+    if path.exists() and _started(path) not in (inputs, None):
         number = 1
         while (aside := path.with_name(f"{path.name}.old-{number}")).exists():
             number += 1
         path.rename(aside)
-        log(f"{path.name}: its inputs changed; the old one is kept as {aside.name}")
+        log(f"{path.name}: its inputs changed; the earlier one is now {aside.name}")
+    if not path.exists():
+        current = {run.path(stage.name) for stage in run.recipe.stages}
+        for other in sorted({*run.folder.iterdir()} - current):
+            if _started(other) == inputs:
+                log(f"{path.name}: found as {other.name}")
+                other.rename(path)
+                break
     path.mkdir(parents=True, exist_ok=True)
     files.sweep_temporaries(path)
+
+
+def _started(path: Path) -> str | None:
+    """The digest of the inputs that a stage's folder was begun with."""
+    started = path / "started.json"
+    return files.read_json(started)["inputs"] if started.exists() else None
 
 
 def _inputs(run: Run, stage: AnyStage) -> tuple[str, str, list[str]]:
     """(digest of all that decides what the stage makes, digest of its data, its parents')."""
     recipe, data_digest, parents = run.recipe, "", list[str]()
-    decides: dict[str, Any] = {"spec": stage.model_dump(mode="json", exclude={"name"})}
+    inputs: dict[str, Any] = {"spec": stage.model_dump(mode="json", exclude={"name"})}
     before = recipe.model_before(stage.name)
     match stage:
         case TokenizerSpec():
@@ -240,20 +254,20 @@ def _inputs(run: Run, stage: AnyStage) -> tuple[str, str, list[str]]:
                 [s.model_dump(mode="json"), "" if s.source.startswith(TASK) else content_digest(s)]
                 for s in stage.sources])
         case EvalSpec():
-            decides["date"] = recipe.date.isoformat()
+            inputs["date"] = recipe.date.isoformat()
             parents = [run.output(name) for name in recipe.scored(stage)]
         case ReleaseSpec():
             parents = [run.output(name) for name in (before, *recipe.evidence(stage.name)) if name]
         case _:
-            decides |= {"date": recipe.date.isoformat(), "seed": _seed(run, stage)}
+            inputs |= {"date": recipe.date.isoformat(), "seed": _seed(run, stage)}
             parents = [run.output(before) if before else run.tokenizer(stage.name).digest]
             if before is None:
-                decides["model"] = recipe.model.model_dump(mode="json")
+                inputs["model"] = recipe.model.model_dump(mode="json")
     if isinstance(stage, TrainSpec):
         data_digest = data.open_stream(stage.sources, run.tokenizer(stage.name),
                                        stage.sequence_length, _seed(run, stage),
                                        run.folder / "tokens", date=recipe.date).digest
-    return (files.digest_of({**decides, "data": data_digest, "parents": parents}), data_digest,
+    return (files.digest_of({**inputs, "data": data_digest, "parents": parents}), data_digest,
             parents)
 
 

@@ -29,7 +29,7 @@ def test_run_again_finds_all_done(tiny: Path, cli: Any) -> None:
     stages = one_object(ended)["stages"]
     assert list(stages) == ["tokenizer", "pretrain", "sft", "rl", "eval", "release"]
     assert all(stages.values())
-    assert ended.err.count("done before") == 6 and "\r" not in ended.err
+    assert ended.err.count("up to date") == 6 and "\r" not in ended.err
 
 
 def test_run_ends_with_a_table_and_the_next_commands(tiny: Path, cli: Any) -> None:

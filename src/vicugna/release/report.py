@@ -186,13 +186,13 @@ def _samples(scored: Sequence[Scored]) -> list[dict[str, Any]]:
 def _curves(metrics: Mapping[str, Sequence[Mapping[str, Any]]], kinds: Mapping[str, str],
             titles: Mapping[str, str]) -> list[tuple[str, str, Markup]]:
     """(stage, title, figure) for what was recorded."""
-    return [(stage, f"{titles[stage]}: {what}", _figure(rows, words))
-            for stage, rows in metrics.items() for kind, what, words in PANELS
+    return [(stage, f"{titles[stage]}: {what}", _figure(rows, labels))
+            for stage, rows in metrics.items() for kind, what, labels in PANELS
             if kind == kinds[stage]
-            and any(finite(row.get(k)) is not None for row in rows for k in words)]
+            and any(finite(row.get(k)) is not None for row in rows for k in labels)]
 
 
-def _figure(rows: Sequence[Mapping[str, Any]], words: Mapping[str, str]) -> Markup:
+def _figure(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> Markup:
     """Raw values faint and smoothed ones over them, or points where there are few, as an SVG."""
     from matplotlib import style  # takes a second, which no other command should wait
     from matplotlib.figure import Figure
@@ -201,19 +201,19 @@ def _figure(rows: Sequence[Mapping[str, Any]], words: Mapping[str, str]) -> Mark
         warnings.simplefilter("ignore")  # of letters that the measuring font does not have
         figure, file = Figure((5, 2.6), layout="constrained"), io.StringIO()
         axes = figure.add_subplot()
-        for (key, word), colour in zip(words.items(), SERIES, strict=False):
+        for (key, label), colour in zip(labels.items(), SERIES, strict=False):
             pairs = [(row.get("step"), row.get(key)) for row in rows]
             points = [pair for pair in pairs if None not in map(finite, pair)]
             if not points:
                 continue
             x, y = np.array(points, float)[:: 1 + len(points) // 2000].T
             if len(points) < max(8, len(pairs) / 2):
-                axes.plot(x, y, "o-", color=colour, markersize=3.5, linewidth=1, label=word)
+                axes.plot(x, y, "o-", color=colour, markersize=3.5, linewidth=1, label=label)
             else:
                 near = np.ones(2 * (len(y) // 80) + 3)
                 mean = np.convolve(y, near, "same") / np.convolve(y * 0 + 1, near, "same")
                 axes.plot(x, y, color=colour, linewidth=0.7, alpha=0.3)
-                axes.plot(x, mean, color=colour, linewidth=1.8, label=word)
+                axes.plot(x, mean, color=colour, linewidth=1.8, label=label)
         axes.set_xlabel("step")
         axes.legend(loc="best")
         figure.savefig(file, format="svg", transparent=True,

@@ -168,7 +168,7 @@ class Recipe(Strict):
         for stage in self.stages:
             if isinstance(stage, TokenizerSpec | TrainSpec):
                 self._expand_corpus(stage)
-            _check_place(self, stage)
+            _check_order(self, stage)
         return self
 
     def _expand_corpus(self, stage: TokenizerSpec | TrainSpec) -> None:
@@ -205,7 +205,7 @@ class Recipe(Strict):
         """The training stages, or START, whose models an eval stage scores; the model so far
         comes last."""
         final = self.model_before(stage.name)
-        assert final is not None  # as _check_place saw to
+        assert final is not None  # as _check_order saw to
         return [*(name for name in dict.fromkeys(stage.compare) if name != final), final]
 
     def evidence(self, name: str) -> list[str]:
@@ -247,7 +247,7 @@ def with_release(recipe: Recipe) -> tuple[Recipe, str]:
     return Recipe.model_validate({**values, "stages": [*values["stages"], release]}), name
 
 
-def _check_place(recipe: Recipe, stage: AnyStage) -> None:
+def _check_order(recipe: Recipe, stage: AnyStage) -> None:
     """Raise VicugnaError when the stages ahead of a stage do not give what it needs."""
     earlier, model = recipe.before(stage.name), recipe.model_before(stage.name)
     tokenizers = [one.name for one in earlier if isinstance(one, TokenizerSpec)]
@@ -331,20 +331,20 @@ def _override(values: dict[str, Any], setting: str) -> None:
     *parents, last = key.split(".")
     if parents and parents[0] in _names(values.get("stages")) and parents[0] not in values:
         raise VicugnaError(f"unknown key {key!r}", "--set", f"Did you mean 'stages.{key}'?")
-    place: Any = values
+    target: Any = values
     for part in parents:
-        if isinstance(place, list):
-            place = place[_number(place, part, key)]
-        elif isinstance(place, dict):
-            place = place.setdefault(part, {})
-        if not isinstance(place, dict | list):
+        if isinstance(target, list):
+            target = target[_number(target, part, key)]
+        elif isinstance(target, dict):
+            target = target.setdefault(part, {})
+        if not isinstance(target, dict | list):
             raise VicugnaError(f"{part} in {key} has no keys below it", "--set",
                                "Check the key against the recipe")
-    if isinstance(place, dict):
-        place[last] = value
+    if isinstance(target, dict):
+        target[last] = value
     else:
-        number = _number(place, last, key)
-        place[number:number + 1] = [] if value is None else [value]
+        number = _number(target, last, key)
+        target[number:number + 1] = [] if value is None else [value]
 
 
 def _names(stages: Any) -> list[str]:
@@ -384,5 +384,5 @@ def _refusal(error: ValidationError, values: dict[str, Any], path: str) -> Vicug
                 spec = next(k for k in (spec, *get_args(spec)) if hasattr(k, "model_fields"))
         return VicugnaError(f"unknown key {key!r}", path,
                             did_you_mean(location[-1], spec.model_fields))
-    said = first["msg"].removeprefix("Value error, ")
-    return VicugnaError(f"{key}: {said}" if key else said, path, "Correct the recipe")
+    message = first["msg"].removeprefix("Value error, ")
+    return VicugnaError(f"{key}: {message}" if key else message, path, "Correct the recipe")
