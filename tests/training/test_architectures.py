@@ -42,8 +42,8 @@ def test_every_architecture_trains(kind: str, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(cost, "matmul_rate", lambda dtype, device: 1e9)
     net = network(kind.split()[0], tie_word_embeddings=False, **KINDS[kind])
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
-    how = spec(steps=12, micro_rows=2, optimiser={"kind": "adamw", "learning_rate": 0.01})
-    train(net, next_token, lambda step: batch(0), how, tmp_path, "t", Ranks())
+    stage = spec(steps=12, micro_rows=2, optimiser={"kind": "adamw", "learning_rate": 0.01})
+    train(net, next_token, lambda step: batch(0), stage, tmp_path, "t", Ranks())
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
     assert all(row["matmul_utilisation"] > 0 and "mfu" not in row for row in rows)

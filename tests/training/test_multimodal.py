@@ -27,14 +27,14 @@ def multimodal() -> torch.nn.Module:
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_a_killed_training_ends_in_the_same_bytes(kind: str, tmp_path: Path) -> None:
-    how, initial, ends = spec(optimiser={"kind": kind}), multimodal().state_dict(), []
+    stage, initial, ends = spec(optimiser={"kind": kind}), multimodal().state_dict(), []
     for folder, stops in (("whole", []), ("killed", [4, 7])):
         for stop in stops:
             with pytest.raises(KeyboardInterrupt):
-                train(multimodal(), next_token, stopping_at(stop), how, tmp_path / folder, "t",
+                train(multimodal(), next_token, stopping_at(stop), stage, tmp_path / folder, "t",
                       Ranks())
         ends.append(multimodal())
-        train(ends[-1], next_token, batch, how, tmp_path / folder, "t", Ranks())
+        train(ends[-1], next_token, batch, stage, tmp_path / folder, "t", Ranks())
     whole, killed = (end.state_dict() for end in ends)
     for name, tensor in whole.items():
         assert torch.equal(tensor, killed[name]), name

@@ -36,12 +36,12 @@ def figures(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("way", ["ddp", "fsdp", "untied", "rl"])
-def test_two_processes_have_the_losses_of_one(way: str, folder: Path) -> None:
-    one, two = figures(folder / "one" / way), figures(folder / "two" / way)
-    near = 2e-2 if way == "untied" else 2e-3  # bf16, float32
+@pytest.mark.parametrize("mode", ["ddp", "fsdp", "untied", "rl"])
+def test_two_processes_have_the_losses_of_one(mode: str, folder: Path) -> None:
+    one, two = figures(folder / "one" / mode), figures(folder / "two" / mode)
+    near = 2e-2 if mode == "untied" else 2e-3  # bf16, float32
     assert len(one) == len(two) > 0
-    if way == "rl":  # a last bit of the weights may change which token is drawn, later or sooner
+    if mode == "rl":  # a last bit of the weights may change which token is drawn, later or sooner
         one, two = one[:1], two[:1]
     for a, b in zip(one, two, strict=True):
         assert a["step"] == b["step"] and a["skipped"] == b["skipped"] == 0
@@ -49,22 +49,23 @@ def test_two_processes_have_the_losses_of_one(way: str, folder: Path) -> None:
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=20 * near)
         for key in ("validation_loss", "reward"):
             assert a.get(key, 0) == pytest.approx(b.get(key, 0), rel=near)
-        if way != "rl":
+        if mode != "rl":
             assert a["tokens"] == b["tokens"]
 
 
-@pytest.mark.parametrize("way", ["ddp", "fsdp"])
-def test_two_processes_resume_bit_by_bit(way: str, folder: Path) -> None:
-    calm, killed = folder / "two" / way, folder / "two" / f"{way}-killed"
-    assert (calm / "digest-0.json").read_text() == (killed / "digest-0.json").read_text()
-    assert [row["loss"] for row in figures(calm)] == [row["loss"] for row in figures(killed)]
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_two_processes_resume_bit_by_bit(mode: str, folder: Path) -> None:
+    expected, killed = folder / "two" / mode, folder / "two" / f"{mode}-killed"
+    assert (expected / "digest-0.json").read_text() == (killed / "digest-0.json").read_text()
+    assert [row["loss"] for row in figures(expected)] == [row["loss"] for row in figures(killed)]
 
 
 def test_one_process_goes_on_from_two(folder: Path) -> None:
     assert processes(1, folder / "two", "resume").returncode == 0
-    calm, alone = figures(folder / "two" / "fsdp"), figures(folder / "two" / "fsdp-alone")
-    assert [row["step"] for row in alone] == list(range(8))
-    assert [row["loss"] for row in alone] == pytest.approx([row["loss"] for row in calm], abs=2e-3)
+    expected, one = figures(folder / "two" / "fsdp"), figures(folder / "two" / "fsdp-one")
+    assert [row["step"] for row in one] == list(range(8))
+    losses = [row["loss"] for row in expected]
+    assert [row["loss"] for row in one] == pytest.approx(losses, abs=2e-3)
 
 
 def test_a_rank_that_fails_ends_all(tmp_path: Path) -> None:

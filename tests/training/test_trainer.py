@@ -24,13 +24,13 @@ from vicugna.training.objectives import next_token
 from vicugna.training.recipe import TrainSpec
 from vicugna.training.trainer import Batches, Validate, balance_experts
 
-ALONE = Ranks()
+ONE_PROCESS = Ranks()
 TIMES = ("tokens_per_second", "matmul_utilisation")
 
 
-def train(net: nn.Module, batches: Batches, how: TrainSpec, folder: Path, where: str = "t",
+def train(net: nn.Module, batches: Batches, stage: TrainSpec, folder: Path, where: str = "t",
           validate: Validate | None = None) -> dict[str, Any]:
-    return trainer.train(net, next_token, batches, how, folder, where, ALONE, validate)
+    return trainer.train(net, next_token, batches, stage, folder, where, ONE_PROCESS, validate)
 
 
 def bytes_of(net: nn.Module) -> dict[str, bytes]:
@@ -42,7 +42,7 @@ def figures(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
 
 
-def seen_loss(module: nn.Module, step: int) -> dict[str, float]:
+def validation(module: nn.Module, step: int) -> dict[str, float]:
     with torch.no_grad():
         return {"validation_loss": float(module(batch(1000)))}
 
@@ -53,18 +53,19 @@ MIXED = {"num_experts": 4, "num_experts_per_tok": 2}
 @pytest.mark.parametrize(("kind", "shape"), [("muon", {}), ("adamw", {}), ("muon", MIXED)])
 def test_a_killed_training_ends_in_the_same_bytes(kind: str, shape: dict[str, int],
                                                   tmp_path: Path) -> None:
-    how = spec(optimiser={"kind": kind, "weight_decay": 0.1})
-    calm = network(**shape)
-    cost = train(calm, batch, how, tmp_path / "calm", validate=seen_loss)
+    stage = spec(optimiser={"kind": kind, "weight_decay": 0.1})
+    expected = network(**shape)
+    cost = train(expected, batch, stage, tmp_path / "expected", validate=validation)
     for stop in (2, 5, 7):  # before the first checkpoint, between two, after the last
         with pytest.raises(KeyboardInterrupt):
-            train(network(**shape), stopping_at(stop), how, tmp_path / "killed", validate=seen_loss)
+            train(network(**shape), stopping_at(stop), stage, tmp_path / "killed",
+                  validate=validation)
         with open(tmp_path / "killed" / "metrics.jsonl", "a") as file:
             file.write('{"step": 9')  # a torn line
     again = network(**shape)
-    cost_again = train(again, batch, how, tmp_path / "killed", validate=seen_loss)
-    assert bytes_of(again) == bytes_of(calm)
-    assert figures(tmp_path / "killed") == figures(tmp_path / "calm")
+    cost_again = train(again, batch, stage, tmp_path / "killed", validate=validation)
+    assert bytes_of(again) == bytes_of(expected)
+    assert figures(tmp_path / "killed") == figures(tmp_path / "expected")
     assert [row["step"] for row in figures(tmp_path / "killed")] == list(range(8))
     assert (cost_again["tokens"], cost_again["flops"]) == (cost["tokens"], cost["flops"])
     if shape:
@@ -75,16 +76,16 @@ def test_a_killed_training_ends_in_the_same_bytes(kind: str, shape: dict[str, in
 def test_the_state_holds_every_moment(tmp_path: Path) -> None:
     """A state written and read gives optimisers the very tensors they had."""
     from vicugna.training import optimisers, state
-    net, how = network(**MIXED), spec()
-    opts = optimisers.build(net, how.optimiser)
+    net, stage = network(**MIXED), spec()
+    opts = optimisers.build(net, stage.optimiser)
     module = Loss(net, next_token, "fp32")
     for step in range(3):
-        trainer._step(module, net, opts, batch(step), how, ALONE)
+        trainer._step(module, net, opts, batch(step), stage, ONE_PROCESS)
     progress = {"step": 3, "skipped": 1, "bad": 1, "tokens": 7, "seconds": 0.5, "flops": 2.0}
-    state.save(tmp_path, module, opts, progress, ALONE)
+    state.save(tmp_path, module, opts, progress, ONE_PROCESS)
     other = network(seed=1, **MIXED)
-    fresh = optimisers.build(other, how.optimiser)
-    assert state.load(tmp_path, Loss(other, next_token, "fp32"), fresh, ALONE) == progress
+    fresh = optimisers.build(other, stage.optimiser)
+    assert state.load(tmp_path, Loss(other, next_token, "fp32"), fresh, ONE_PROCESS) == progress
     assert bytes_of(other) == bytes_of(net)
     for old, new in zip(opts, fresh, strict=True):
         assert len(new.state) == len(old.state) > 0
@@ -98,7 +99,7 @@ def test_the_state_holds_every_moment(tmp_path: Path) -> None:
 def test_validation_changes_nothing(tmp_path: Path) -> None:
     plain, watched = network(**MIXED), network(**MIXED)
     train(plain, batch, spec(), tmp_path / "a")
-    train(watched, batch, spec(), tmp_path / "b", validate=seen_loss)
+    train(watched, batch, spec(), tmp_path / "b", validate=validation)
     assert bytes_of(plain) == bytes_of(watched)
 
 
@@ -116,28 +117,28 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(micro: int, tmp_path
         torch.testing.assert_close(one, two, atol=2e-4, rtol=1e-3, msg=name)
 
 
-def spoilt(step: int) -> TrainingBatch:
+def not_finite(step: int) -> TrainingBatch:
     return replace(batch(step), weights_BT=batch(step).weights_BT * float("inf"))
 
 
 def test_a_loss_that_is_not_finite_is_skipped_and_counted(tmp_path: Path) -> None:
-    spoilt_steps = {2, 4}
+    bad_steps = {2, 4}
     net = network()
-    cost = train(net, lambda s: spoilt(s) if s in spoilt_steps else batch(s), spec(), tmp_path)
+    cost = train(net, lambda s: not_finite(s) if s in bad_steps else batch(s), spec(), tmp_path)
     assert cost["skipped"] == 2
     assert all(bool(p.isfinite().all()) for p in net.parameters())
     rows = figures(tmp_path)
     assert [row["skipped"] for row in rows] == [0, 0, 1, 1, 2, 2, 2, 2]
-    assert {row["step"] for row in rows if row["loss"] is None} == spoilt_steps
+    assert {row["step"] for row in rows if row["loss"] is None} == bad_steps
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
 
 
 def test_a_skipped_step_leaves_the_weights(tmp_path: Path) -> None:
     from vicugna.training import optimisers
     net = network(**MIXED)
-    before, how = bytes_of(net), spec()
-    opts = optimisers.build(net, how.optimiser)
-    trainer._step(Loss(net, next_token, "fp32"), net, opts, spoilt(0), how, ALONE)
+    before, stage = bytes_of(net), spec()
+    opts = optimisers.build(net, stage.optimiser)
+    trainer._step(Loss(net, next_token, "fp32"), net, opts, not_finite(0), stage, ONE_PROCESS)
     assert bytes_of(net) == before
     assert all(p.grad is None for p in net.parameters())
 
@@ -162,11 +163,11 @@ def test_a_loss_that_stays_broken_is_an_error(steps: int, tmp_path: Path) -> Non
 
 
 def test_steps_that_failed_before_a_kill_count(tmp_path: Path) -> None:
-    how = spec(steps=40, checkpoint_every=1)
+    stage = spec(steps=40, checkpoint_every=1)
     with pytest.raises(KeyboardInterrupt):
-        train(network(), stopping_at(6, spoilt), how, tmp_path)
+        train(network(), stopping_at(6, not_finite), stage, tmp_path)
     with pytest.raises(VicugnaError, match="8 steps in a row, the last being step 7"):
-        train(network(), spoilt, how, tmp_path)
+        train(network(), not_finite, stage, tmp_path)
 
 
 def test_a_damaged_state_is_named(tmp_path: Path) -> None:
@@ -216,7 +217,7 @@ def test_balancing_evens_the_load() -> None:
     first = spread()
     for _ in range(300):
         spread()
-        balance_experts(layer, ALONE, 2e-3)
+        balance_experts(layer, ONE_PROCESS, 2e-3)
     assert spread() < 0.3 * first
     layer.eval()
     before = layer.tokens_per_expert.clone()

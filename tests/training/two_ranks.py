@@ -1,6 +1,6 @@
-"""What two processes do for test_ranks.py, started by torchrun: train in every parallel way.
+"""What two processes do for test_ranks.py, started by torchrun: train in every parallel mode.
 
-Arguments: the folder to write to, and what to do. Alone, it is the process to compare with.
+Arguments: the folder to write to, and what to do. One process alone is the process to compare with.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from vicugna.training.trainer import train
 
 ADAMW = {"kind": "adamw", "learning_rate": 0.01}
 MIXED = {"num_experts": 4, "num_experts_per_tok": 2}
-WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+MODES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "ddp": (MIXED, {}), "fsdp": ({}, {"parallel": "fsdp", "optimiser": ADAMW}),
     "untied": ({**MIXED, "tie_word_embeddings": False}, {
         "parallel": "fsdp", "optimiser": ADAMW, "precision": "bf16"})}
@@ -40,12 +40,12 @@ def validated(ranks: Ranks, module: nn.Module, step: int) -> dict[str, float]:
     return {"validation_loss": ranks.total(float(loss))[0]}
 
 
-def trained(way: str, folder: Path, ranks: Ranks, stop: int = 99) -> None:
-    shape, how = WAYS[way]
+def trained(mode: str, folder: Path, ranks: Ranks, stop: int = 99) -> None:
+    shape, stage = MODES[mode]
     with torch.device("meta"):
         net = models.build(network(**shape).config.to_dict())
     share = partial(batch, rank=ranks.rank, world=ranks.world)
-    train(net, next_token, stopping_at(stop, share), spec(**how), folder, way, ranks,
+    train(net, next_token, stopping_at(stop, share), spec(**stage), folder, mode, ranks,
           partial(validated, ranks), models.initial_values(net, 0))
     digest = parallel.save(Checkpoint(net), folder / "checkpoint", ranks)
     write_json(folder / f"digest-{ranks.rank}.json", digest)
@@ -58,14 +58,14 @@ def trained(way: str, folder: Path, ranks: Ranks, stop: int = 99) -> None:
 
 
 def reinforced(folder: Path, ranks: Ranks) -> None:
-    words = tokenizer.train(["Tom has 3 apples and buys 4. How many? 7"] * 3, 300)
-    how = RlSpec(steps=3, prompts=4, group=4, tasks=({"source": "task:reasoning.steps"},),
+    tok = tokenizer.train(["Tom has 3 apples and buys 4. How many? 7"] * 3, 300)
+    stage = RlSpec(steps=3, prompts=4, group=4, tasks=({"source": "task:reasoning.steps"},),
                  precision="fp32", max_new_tokens=5, micro_rows=1,
                  optimiser={"learning_rate": 1e-4, "muon_learning_rate": 1e-3})
-    net = network(vocab_size=words.vocab_size, max_position_embeddings=4096, **MIXED)
+    net = network(vocab_size=tok.vocab_size, max_position_embeddings=4096, **MIXED)
 
     def answers(step: int) -> Any:
-        made = rollouts.rollout(net, words, how, 0, step, ranks)
+        made = rollouts.rollout(net, tok, stage, 0, step, ranks)
         if ranks.world == 1 or ranks.rank:
             return made
         # Ranks may have different numbers of rows: this one has one more, that weighs nothing.
@@ -75,13 +75,13 @@ def reinforced(folder: Path, ranks: Ranks) -> None:
         return replace(made, tokens_BT=tokens, positions_BT=positions, targets_BT=targets,
                        weights_BT=weights)
 
-    train(net, policy_gradient, answers, how, folder, "rl", ranks)
+    train(net, policy_gradient, answers, stage, folder, "rl", ranks)
 
 
 def main() -> None:
     folder, what = Path(sys.argv[1]), sys.argv[2]
     cost.matmul_rate = lambda dtype, device: 1e9  # type: ignore[assignment]
-    rollouts.reward = lambda item, prompt, completion, words: (  # type: ignore[assignment]
+    rollouts.reward = lambda item, prompt, completion, tok: (  # type: ignore[assignment]
         sum(token % 2 for token in completion.tokens) / len(completion.tokens))
     with process_group() as ranks:
         if what == "fail":  # one rank fails while the other waits for it
@@ -89,14 +89,14 @@ def main() -> None:
                 raise RuntimeError("this rank fails")
             ranks.wait()
         if what == "resume":
-            trained("fsdp", folder / "fsdp-alone", ranks)
+            trained("fsdp", folder / "fsdp-one", ranks)
             return
-        for way in WAYS:
-            trained(way, folder / way, ranks)
+        for mode in MODES:
+            trained(mode, folder / mode, ranks)
         reinforced(folder / "rl", ranks)
         if ranks.world == 1:
             return
-        for name in ("fsdp-killed", "fsdp-alone", "ddp-killed"):
+        for name in ("fsdp-killed", "fsdp-one", "ddp-killed"):
             with suppress(KeyboardInterrupt):
                 trained(name.split("-")[0], folder / name, ranks, stop=5)
         for name in ("fsdp-killed", "ddp-killed"):

@@ -29,14 +29,14 @@ def place(loss: Loss, spec: StageSpec, ranks: Ranks,
     where there are several.
 
     The parameters and buffers of a network on the meta device become `values`, one by one, once
-    there is memory for what this rank keeps of them: the whole float32 network is then nowhere.
+    there is memory for this rank's shards: no process ever holds the full float32 network.
     VicugnaError for FSDP2 with Muon.
     """
     network, sharded = loss.network, ranks.world > 1 and spec.parallel == "fsdp"
     if not isinstance(spec, RlSpec):  # whose batches have other shapes in each step
         compile_layers(network, ranks.device)
     if sharded and spec.optimiser.kind == "muon":
-        raise VicugnaError("Muon needs whole matrices, which FSDP2 shards",
+        raise VicugnaError("Muon needs full matrices, which FSDP2 shards",
                            "optimiser.kind", "Use adamw with parallel: fsdp, or parallel: ddp")
     if sharded:
         if ranks.device.type == "cpu":
@@ -97,7 +97,7 @@ def _sharded(network: nn.Module) -> bool:
 
 
 class _Gather:
-    """Sharded tensors, made whole one by one as the first rank loads them."""
+    """Sharded tensors, gathered one by one as the first rank loads them."""
 
     def __init__(self, network: Any, ranks: Ranks) -> None:
         self._network, self._ranks, self._state = network, ranks, network.state_dict()
@@ -116,25 +116,25 @@ class _Gather:
         if name not in self._last:
             if len(self._last) == 2:  # files hold the pieces of two stacks of experts by turns
                 self._last.pop(next(iter(self._last)))
-            whole = self._whole(name)
-            assert whole is not None
-            self._last[name] = state_dict.split(self._network, name, whole.cpu())
+            full = self._full(name)
+            assert full is not None
+            self._last[name] = state_dict.split(self._network, name, full.cpu())
         return self._last[name][part]
 
-    def _whole(self, name: str | None) -> Tensor | None:
+    def _full(self, name: str | None) -> Tensor | None:
         """On all ranks together: the tensor that the first rank names; None when it names none."""
-        wanted = [name]
-        dist.broadcast_object_list(wanted, device=self._ranks.device)
-        if wanted[0] is None:
+        names = [name]
+        dist.broadcast_object_list(names, device=self._ranks.device)
+        if names[0] is None:
             return None
-        tensor = self._state[wanted[0]]
+        tensor = self._state[names[0]]
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
     def take_part(self) -> None:
         """On other ranks than the first: until it is done."""
-        while self._whole(None) is not None:
+        while self._full(None) is not None:
             pass
 
     def end(self) -> None:
         """On the first rank: let the others go on."""
-        self._whole(None)
+        self._full(None)

@@ -50,10 +50,10 @@ def rollout(network: nn.Module, tokenizer: Tokenizer, spec: RlSpec, seed: int, s
     network.train()
     rewards = [reward(*one, tokenizer) for one in zip(items, prompts, completions, strict=True)]
     responses = []
-    for n, got in enumerate(rewards):
+    for n, value in enumerate(rewards):
         start = n - n % spec.group
         mean = sum(rewards[start:start + spec.group]) / spec.group
-        responses.append(Response(prompts[n], completions[n], got, got - mean))
+        responses.append(Response(prompts[n], completions[n], value, value - mean))
     total, truncated, length, count = ranks.total(
         sum(rewards), sum(one.finish_reason == "length" for one in completions),
         sum(len(one.tokens) for one in completions), len(responses))
@@ -108,12 +108,12 @@ def batch(responses: list[Response], pad: int, norm: float, metrics: dict[str, f
 
 
 def check(specs: tuple[SourceSpec, ...], parallel: str) -> None:
-    """Raise VicugnaError unless every source is a procedural task and the network stays whole."""
+    """Raise VicugnaError unless every source is a procedural task and nothing is sharded."""
     for spec in specs:
         if not spec.source.startswith("task:"):
             raise VicugnaError(f"{spec.source!r} gives no rewards", "rl.tasks",
                                "Use procedural tasks, such as task:reasoning.steps")
         tasks.get(spec.source.removeprefix("task:"))
     if parallel != "ddp":
-        raise VicugnaError("responses are sampled from the whole network, which FSDP2 shards",
+        raise VicugnaError("responses are sampled from the full network, which FSDP2 shards",
                            "rl.parallel", "Use parallel: ddp")

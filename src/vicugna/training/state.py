@@ -21,7 +21,7 @@ from vicugna.files import replacing_folder, storage_error, sweep_temporaries
 
 STATE = "state"
 BEGINNING = {"step": 0, "skipped": 0, "bad": 0, "tokens": 0, "seconds": 0.0, "flops": 0.0}
-warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # alone by choice
+warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # in one process
 
 
 def save(folder: Path, module: nn.Module, optimisers: list[torch.optim.Optimizer],
