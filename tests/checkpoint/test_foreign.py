@@ -123,6 +123,13 @@ def test_quantised_weights(folder: Path, config: dict, says: str) -> None:
     assert says in said and "Use the unquantised checkpoint, or a GGUF file" in said
 
 
+def test_a_classifier(folder: Path) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"architectures": ["LlamaForSequenceClassification"]}))
+    assert "a classifier (LlamaForSequenceClassification): it has no language-" in error(folder)
+
+
 def test_an_embedding_model_with_weights(folder: Path) -> None:
     (folder / "modules.json").write_text("[]")
     assert "an embedding model" in error(folder)

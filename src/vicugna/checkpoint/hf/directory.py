@@ -33,6 +33,7 @@ CHECKPOINT_FILE = re.compile("|".join([
     r"model(-\d+-of-\d+)?\.safetensors", r"modeling_\w+\.py",
     *map(re.escape, ("config.json", "generation_config.json", weights.INDEX, *KEPT_FILES))]))
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+CLASSIFIER = re.compile(r"\w+For(\w+Classification|QuestionAnswering|RewardModel\w*)")
 METHODS = {"gptq": "GPTQ", "awq": "AWQ"}
 INDEX_BYTES = 20 * 10**6  # an index of 150,000 tensors
 KEPT_BYTES = 50 * 10**6  # of all of them; the largest tokenizer.json has 33
@@ -54,6 +55,9 @@ def survey(folder: Path) -> Survey:
     if any((folder / name).exists() for name in foreign.EMBEDDING):
         raise foreign.explain(folder)
     config = read_object(folder, "config.json")
+    if head := CLASSIFIER.search(str(config.get("architectures"))):
+        raise VicugnaError(f"a classifier ({head[0]}): it has no language-model head", str(folder),
+                           "Name a language model")
     block = _fp8_block(config, folder)
     stored = weights.scaled(weights.unwrapped(_scan(folder)), block)
     generation_config = (read_object(folder, "generation_config.json")
