@@ -379,7 +379,7 @@ ENDLESS = [
     "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
     "{% for i in range(20000) %}{{ range(20000)|sort|join|length }}{% endfor %}",
     "{% for i in range(20000) %}{{ ('a,' * 9000).split(',')|unique|list|length }}{% endfor %}",
-    "{{ 9**9**9 }}",
+    "{{ 9**(9**9) }}",
     "{{ messages|tojson(indent=10**9) }}",
     "{{ range(10**9)|list }}",
     "{{ '%01000000000d' % 1 }}",
