@@ -425,7 +425,8 @@ def test_memory_that_runs_out(small: Small, monkeypatch: pytest.MonkeyPatch) -> 
     assert small.ledger.attempts()[-1].outcome == "failed"
 
 
-def test_own_chats_tune_a_llama_made_by_transformers(small: Small, tmp_path: Path) -> None:
+def test_own_chats_tune_a_llama_made_by_transformers(small: Small, tmp_path: Path,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     """A recipe with sft and eval only, from a Hugging Face folder, on the user's own lines."""
     transformers = pytest.importorskip("transformers")
     words = tokenizer.train(["Was ist das? The code is 12. Yes."] * 3, 300)
@@ -439,7 +440,16 @@ def test_own_chats_tune_a_llama_made_by_transformers(small: Small, tmp_path: Pat
            "sequence_length": 64}
     del small.values["data"]  # the checkpoint has a tokenizer, and no stage names the corpus
     small.values["model"], small.stages = {"start": str(tmp_path / "llama")}, [sft, EVAL]
-    done = small()
+    loads, load = list[str](), vicugna.load
+
+    def counted(path: Any, **how: Any) -> Model:
+        loads.extend([how["device"]] if str(path) == str(tmp_path / "llama") else [])
+        return load(path, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vicugna, "load", counted)
+        done = small()
+        assert loads == ["meta"]  # read once, while the network is filled
     tuned = vicugna.load(done.path("sft") / "checkpoint")
     assert tuned.config.to_dict()["model_type"] == "llama"
     assert tuned.tokenizer and tuned.tokenizer.digest == words.digest
@@ -541,8 +551,10 @@ def test_a_mixture_goes_through_its_stages(small: Small) -> None:
     ({**EVAL, "groups": [{"group": "g", "task": "reasoning.stepz", "n": 3}]}, "reasoning.steps"),
     ({**EVAL, "groups": [{"group": "g", "task": "reasoning.steps", "number": 3}]}, "number"),
     ({**SFT, "sources": ["gone.jsonl"]}, "gone.jsonl"),
-    ({**SFT, "sequence_length": 512, "sources": ["stdlib"]}, "the context holds 256"),
-    ({"kind": "rl", "steps": 1, "tasks": ["stdlib"]}, "gives no rewards"),
+    ({**SFT, "name": "tune", "sequence_length": 512, "sources": ["stdlib"]},
+     r"stages\.tune\.sequence_length: sequences of 512 tokens, but the context holds 256"),
+    ({"kind": "rl", "steps": 1, "name": "more", "tasks": ["stdlib"]},
+     r"stages\.more\.tasks: 'stdlib' gives no rewards"),
 ])
 def test_what_later_stages_need_is_checked_first(stage: dict[str, Any], said: str, small: Small
                                                  ) -> None:

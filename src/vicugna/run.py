@@ -140,7 +140,7 @@ def _check(recipe: Recipe) -> None:
                 _check_sources(stage.sources, f"{where}.sources")
             case RlSpec():
                 _check_sources(stage.tasks, f"{where}.tasks")
-                rollouts.check(stage.tasks, stage.parallel)
+                rollouts.check(stage.tasks, stage.parallel, where)
             case EvalSpec():
                 for one in [one for group in stage.groups for one in grid(group)]:
                     tasks.get(one.task)

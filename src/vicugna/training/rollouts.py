@@ -67,7 +67,8 @@ def questions(spec: RlSpec, seed: int, step: int, ranks: Ranks) -> list[Item]:
     share, left = divmod(spec.prompts, ranks.world)
     if left:
         raise VicugnaError(f"{spec.prompts} prompts cannot be shared by {ranks.world} processes",
-                           "rl.prompts", "Use a multiple of the number of processes")
+                           f"stages.{spec.name}.prompts",
+                           "Use a multiple of the number of processes")
     order = schedule([source.weight for source in spec.tasks])
     first = step * spec.prompts + ranks.rank * share
     return [draw_item(spec.tasks[order[n % len(order)]], "train", seed, n, 0)
@@ -107,13 +108,13 @@ def batch(responses: list[Response], pad: int, norm: float, metrics: dict[str, f
                          collated.targets_BT.clamp(min=0), weights_BT, norm, metrics)
 
 
-def check(specs: tuple[SourceSpec, ...], parallel: str) -> None:
+def check(specs: tuple[SourceSpec, ...], parallel: str, where: str = "stages.rl") -> None:
     """Raise VicugnaError unless every source is a procedural task and nothing is sharded."""
     for spec in specs:
         if not spec.source.startswith("task:"):
-            raise VicugnaError(f"{spec.source!r} gives no rewards", "rl.tasks",
+            raise VicugnaError(f"{spec.source!r} gives no rewards", f"{where}.tasks",
                                "Use procedural tasks, such as task:reasoning.steps")
         tasks.get(spec.source.removeprefix("task:"))
     if parallel != "ddp":
         raise VicugnaError("responses are sampled from the full network, which FSDP2 shards",
-                           "rl.parallel", "Use parallel: ddp")
+                           f"{where}.parallel", "Use parallel: ddp")

@@ -42,7 +42,7 @@ def train_stage(model: Model, spec: TrainSpec | RlSpec, seed: int, folder: Path,
             rollouts.rollout, network, tok, spec, seed, ranks=ranks, date=date)
     else:
         objective = next_token
-        batch_of, validate = supervised.batches(network, tok, spec, seed, folder, cache, name,
-                                                ranks, date)
+        batch_of, validate = supervised.batches(network, tok, spec, seed, folder, cache,
+                                                f"stages.{name}", ranks, date)
     cost = train(network, objective, batch_of, spec, folder, name, ranks, validate, values)
     return parallel.save(model, folder / "checkpoint", ranks), cost
