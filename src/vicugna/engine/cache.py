@@ -139,7 +139,7 @@ class Cache:
 
     def _row_masks(self, t: int, keys: range, span: Span, like: Tensor) -> Tensor:
         """Additive masks [B, 1, t, s] of the last t of the columns `keys`, each row with its own
-        padding. Padding attends to itself, lest a softmax be empty."""
+        padding. Padding attends to itself: no softmax is over nothing."""
         key = torch.arange(keys.start, keys.stop, device=like.device)
         query = key[-t:]
         mask = masks.causal(query, key, span.first_key(query, self._pads_B[:, None]))

@@ -1,4 +1,4 @@
-"""Continuing prompts: many at once (`generate`), or one as it comes (`stream`)."""
+"""Generation: a batch of prompts (`generate`), or one as a stream (`stream`)."""
 
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
@@ -22,9 +22,10 @@ Cancelled = Callable[[], bool] | None
 
 @dataclass
 class Completion:
-    """What followed one prompt: `tokens` with the end-of-turn token, `text` without it and without
-    a stop string; `logprobs` are float32, under the network's own distribution. `finish_reason` is
-    "stop" (end token or stop string), "length" (max_new_tokens or the context) or "cancelled"."""
+    """The completion of one prompt: `tokens` with the end-of-turn token, `text` without it and
+    without a stop string; `logprobs` are float32, under the network's own distribution.
+    `finish_reason` is "stop" (end token or stop string), "length" (max_new_tokens or the context)
+    or "cancelled"."""
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -108,7 +109,7 @@ class _Sequence:
             # The stop string that is complete first, as if characters came one by one.
             if found := [(at + len(stop), at) for stop in stops if (at := text.find(stop)) >= 0]:
                 reason, text, self.pending = "stop", text[: min(found)[1]], ""
-                self.decoder.finish()  # forget a character that the last token began
+                self.decoder.finish()  # drop a character that the last token began
             else:
                 certain = len(text) - max((n for stop in stops for n in range(1, len(stop))
                                            if text.endswith(stop[:n])), default=0)

@@ -167,7 +167,7 @@ class Attention(nn.Module):
         up_k_HCR, up_v_HUR = self.kv_b_proj.weight.unflatten(0, (self.H, -1)).split(
             (self.C, self.U), dim=1)
         q_BTHR = torch.einsum("bthc,hcr->bthr", q_BTHC, up_k_HCR)
-        # `attend` divides scores by the root of this width; that of the expanded form is due.
+        # `attend` divides scores by the root of this width, not of the expanded form's: corrected.
         scale = self.query_scale * ((self.R + self.P) / (self.C + self.P)) ** 0.5
         q = torch.cat((q_BTHR, q_BTHP), dim=-1) * scale
         k = torch.cat((latent_BT1R, k_BT1P), dim=-1)

@@ -46,9 +46,12 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(D, self.G * self.K, bias=biases[0])
         self.o_proj = nn.Linear(self.H * self.K, D, bias=biases[1])
 
-    def forward(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+    def forward(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend,
+                query_scale_BT: Tensor | None = None) -> Tensor:
         B, T, _ = x_BTD.shape
         q = rope.rotate(self.q_proj(x_BTD).view(B, T, self.H, self.K), *rotation)
+        if query_scale_BT is not None:
+            q = q * query_scale_BT[:, :, None, None].to(q.dtype)
         k = rope.rotate(self.k_proj(x_BTD).view(B, T, self.G, self.K), *rotation)
         v = self.v_proj(x_BTD).view(B, T, self.G, self.K)
         return self.o_proj(attend(self.layer, q, k, v, self.span).reshape(B, T, self.H * self.K))

@@ -15,7 +15,6 @@ from vicugna.errors import VicugnaError
 from vicugna.models import llama, mistral
 from vicugna.models.layers import decoder
 from vicugna.models.layers.attention import Attend
-from vicugna.models.layers.mask import Span
 from vicugna.models.layers.mlp import SwiGLU
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0,
@@ -49,20 +48,6 @@ class Config(mistral.Config):
                                    "Ministral 3 needs YaRN with this key")
 
 
-class ScaledQueries:
-    """`attend` with queries times their temperature scale, `scale_BT11`."""
-
-    def __init__(self, attend: Attend, scale_BT11: Tensor) -> None:
-        self.attend, self.scale_BT11, self.has_kv_cache = attend, scale_BT11, attend.has_kv_cache
-
-    def conv_state(self, layer: int, x_BTD: Tensor, n: int) -> Tensor:
-        return self.attend.conv_state(layer, x_BTD, n)
-
-    def __call__(self, layer: int, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor | None,
-                 span: Span) -> Tensor:
-        return self.attend(layer, q_BTHK * self.scale_BT11.to(q_BTHK.dtype), k_BTGK, v_BTGK, span)
-
-
 class Layer(llama.Layer):
     """Queries are scaled by 1 + beta * log(1 + floor(position / original)), `original` being the
     context before YaRN (arXiv 2501.19399, as in Llama 4)."""
@@ -77,8 +62,9 @@ class Layer(llama.Layer):
     def forward(self, x_BTD: Tensor, positions_BT: Tensor, rotation: tuple[Tensor, Tensor],
                 attend: Attend) -> Tensor:
         scale_BT = 1 + self.beta * torch.log1p(torch.floor(positions_BT / self.original))
-        scaled = ScaledQueries(attend, scale_BT[:, :, None, None])
-        return super().forward(x_BTD, positions_BT, rotation, scaled)
+        h_BTD = self.input_layernorm(x_BTD)
+        x_BTD = x_BTD + self.self_attn(h_BTD, rotation, attend, scale_BT)
+        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 
 
 class Network(decoder.Network):

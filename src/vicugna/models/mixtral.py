@@ -1,7 +1,7 @@
 """Mixtral: a Mistral whose feed-forward is a mixture of experts, two of eight for each token.
 
-Jiang et al., arXiv 2401.04088. Parameter names are those of the published files, but for
-the stacked experts, whose matrices are tensors of their own there.
+Jiang et al., arXiv 2401.04088. Parameter names are those of the published files, except
+that experts are stacked here and separate there.
 """
 
 from dataclasses import asdict, dataclass

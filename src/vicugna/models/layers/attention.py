@@ -1,4 +1,4 @@
-"""Scaled dot-product attention, and the contract by which a network meets memory.
+"""Scaled dot-product attention, and the attention context that a network is given.
 
 A network never holds keys or values itself: it is given `attend`, and calls it once per layer.
 Training passes `Dense` from this file; the engine passes one over its cache.
@@ -21,7 +21,7 @@ WIDE = 256  # longer windows go by blocks of as many queries
 
 
 class Attend(Protocol):
-    """The one place where attention meets memory: the KV cache and the convolution state.
+    """An attention context: it alone holds the KV cache and the convolution state.
 
     `has_kv_cache` says whether keys and values are kept between calls: multi-head latent attention
     then passes the compressed latent instead of expanded keys and values.
@@ -45,7 +45,7 @@ class Attend(Protocol):
 class Dense:
     """Attention over exactly the tokens of one call: training, and the reference for caches.
 
-    `positions_BT` tells documents packed in a row apart: a document begins where positions restart
+    `positions_BT` separates documents packed in a row: a document begins where positions restart
     at 0, and no token attends to another document. None means one document a row. On CUDA, layers
     of one of the `spans` attend block-sparsely (flex.py) where documents, windows or chunks leave
     keys out; without FlexAttention, masks [B, T, T] do that.
