@@ -214,7 +214,9 @@ def _answers(requests: Iterator[bytes]) -> Iterator[dict[str, Any]]:
         head, _, body = line.partition(b" ")  # the limits, before anything is read
         seconds, size = json.loads(head)
         if own:
-            resource.setrlimit(resource.RLIMIT_AS, (own + size, resource.RLIM_INFINITY))
+            hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+            soft = own + size if hard == resource.RLIM_INFINITY else min(own + size, hard)
+            resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
         signal.setitimer(signal.ITIMER_PROF, seconds)  # whose signal ends the process
         try:
             yield {"text": _render(json.loads(body))}
@@ -228,6 +230,7 @@ def _answers(requests: Iterator[bytes]) -> Iterator[dict[str, Any]]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
     with suppress(BrokenPipeError):
         for answer in _answers(iter(sys.stdin.buffer)):
             sys.stdout.write(json.dumps(answer) + "\n")

@@ -31,6 +31,7 @@ class Worker:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
+        self._status = 0  # of the last process that ended
 
     def render(self, source: str, variables: dict[str, Any], **more: Any) -> str:
         """The text that a template makes of its variables (see sandbox.py for `more`). Raises
@@ -47,7 +48,8 @@ class Worker:
             # Retried once: while a virtual machine is paused its CPU clock may run on.
             answer = self._ask(request) or self._ask(request)
         if answer is None:
-            raise _refused("it runs for too long, or breaks the process it runs in")
+            raise _refused("it runs for too long" if self._status == -signal.SIGPROF else
+                           f"the process that renders it ended with status {self._status}")
         if "text" not in answer:
             raise _refused(answer["error"])
         return str(answer["text"])
@@ -69,6 +71,9 @@ class Worker:
             self.stop()
             raise
         answer: dict[str, Any] | None = json.loads(line) if line.endswith(b"\n") else None
+        if answer is None:
+            with suppress(subprocess.TimeoutExpired):  # its output is closed: it is ending
+                process.wait(1)
         if answer is None or "broken" in answer:
             self.stop()
         return answer
@@ -80,6 +85,7 @@ class Worker:
             process.send_signal(signal.SIGKILL)
             with suppress(BrokenPipeError), process:  # closes its pipes and waits
                 pass
+            self._status = process.returncode
 
 
 def _refused(reason: str) -> VicugnaError:
