@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
 
+from vicugna.tokenizer import Tokenizer, train
 from vicugna.tokenizer.byte_level import LLAMA_3_SPLIT, LLAMA_4_SPLIT, QWEN_2_SPLIT
 
 TEXTS = ["the quick brown fox jumps over the lazy dog, and again the fox; then 12345 more!\n\n",
@@ -185,3 +189,14 @@ def qwen2(folder: Path) -> Path:
 FAMILIES = {make.__name__: make for make in (llama2, mistral, nemo, llama3, llama4, deepseek, r1,
                                              qwen2)}
 
+
+@pytest.fixture(scope="session")
+def corpus() -> list[str]:
+    return [inspect.getsource(textwrap), inspect.getsource(json),
+            "The old teacher bought 12 pillows.\n\n  Then\tleft.\n" * 20]
+
+
+@pytest.fixture(scope="session")
+def tok(corpus: list[str]) -> Tokenizer:
+    """A tokenizer of our own."""
+    return train(corpus, 600)
