@@ -152,8 +152,8 @@ def test_parquet_without_the_column_lists_the_columns() -> None:
 
 
 @pytest.mark.parametrize("spec, message", [
-    ("stdlb", 'Did you mean "stdlib"'), ("mine.jsnl", 'Did you mean "mine.jsonl"'),
-    ("taks:reasoning.steps", 'Did you mean "task:reasoning.steps"'),
+    ("stdlb", "Did you mean 'stdlib'"), ("mine.jsnl", "Did you mean 'mine.jsonl'"),
+    ("taks:reasoning.steps", "Did you mean 'task:reasoning.steps'"),
     ("task:reasoning.step", "Did you mean 'reasoning.steps'"),
     ("nowhere/*.txt", "no file matches"), ("folder", "this is a folder"),
     ("quite/another/thing.txt", "no such file or source"),

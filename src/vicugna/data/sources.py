@@ -7,7 +7,6 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import fields
-from difflib import get_close_matches
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -18,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from vicugna import files, tasks
 from vicugna.data import formats
 from vicugna.data.records import Chat, Text, to_document
-from vicugna.errors import VicugnaError
+from vicugna.errors import VicugnaError, did_you_mean
 
 STDLIB, TASK, HUB = "stdlib", "task:", "hf:"
 CHUNK = 1 << 17  # characters of a long text that are held at once
@@ -64,7 +63,7 @@ def _parse_spec(spec: str | dict[str, Any] | SourceSpec, where: str) -> SourceSp
     known = {field.name for field in fields(tasks.Difficulty)} | {"length_tokens"}
     for key in parsed.difficulty.keys() - known:
         raise VicugnaError(f'unknown key "{key}"', f"{where}.difficulty",
-                           f"Use {', '.join(sorted(known))}")
+                           did_you_mean(key, sorted(known)))
     if parsed.source.startswith(TASK):
         tasks.get(parsed.source.removeprefix(TASK))
     elif parsed.difficulty or parsed.form != "chat":
@@ -116,9 +115,9 @@ def paths(spec: SourceSpec) -> list[Path]:
         raise VicugnaError("this is a folder", spec.source, f'Write "{spec.source}/**/*.txt"')
     if not path.exists():
         names = [STDLIB, *(TASK + name for name in tasks.TASKS), *map(str, path.parent.glob("*"))]
-        near = get_close_matches(spec.source, names, n=1)
-        fix = f'Did you mean "{near[0]}"?' if near else "Give a file, stdlib, task:NAME or hf:NAME"
-        raise VicugnaError("no such file or source", spec.source, fix)
+        near = did_you_mean(spec.source, names)  # or all names, which may be many
+        raise VicugnaError("no such file or source", spec.source, near if near.startswith("Did")
+                           else "Give a file, stdlib, task:NAME or hf:NAME")
     if path.stat().st_size == 0:
         raise VicugnaError("the file is empty", spec.source, "Put some text in it")
     return [path]
