@@ -35,7 +35,7 @@ def recipe(tmp_path: Path) -> Any:
     return write
 
 
-@pytest.mark.parametrize(("setting", "said"), [
+@pytest.mark.parametrize(("setting", "expected"), [
     ("stages.pretrain.stepz=5", ["stages.pretrain.stepz", "Did you mean 'steps'?"]),
     ("modle.depth=5", ["modle", "Did you mean 'model'?"]),
     ("stages.pretrain.optimiser.learning_rat=1", ["learning_rat", "Did you mean 'learning_rate'?"]),
@@ -54,33 +54,33 @@ def recipe(tmp_path: Path) -> Any:
     ("model.experts=1", ["num_experts_per_tok"]),
     ("stages.pretrain.sequence_length=512", ["sequences of 512 tokens", "context holds 256"]),
     ("stages.pretrain.rows=100000000000", ["GiB", "micro_rows"]),
-    ("model.width=500000", ["model: a network of", "Lower model.depth or model.width"]),
+    ("model.width=500000", ["a network of", "Lower model.depth or model.width"]),
     ("data.sources=[]", ["data.sources"]),
     ("data.sources=['task:reasoning.stepz']", ["reasoning.steps"]),
 ])
-def test_recipe(setting: str, said: list[str], recipe: Any, cli: Any) -> None:
+def test_recipe(setting: str, expected: list[str], recipe: Any, cli: Any) -> None:
     ended = cli(*recipe({"source": "stdlib", "limit_bytes": 60000}), "--set", setting)
     assert ended.code == 2
-    for word in said:
+    for word in expected:
         assert word in ended.err.splitlines()[-1]
     assert "Traceback" not in ended.err and ended.out == ""
 
 
-@pytest.mark.parametrize(("content", "said"), [
+@pytest.mark.parametrize(("content", "expected"), [
     (None, "no such file"), (b"", "no keys"), (b"\xff\xfe", "not UTF-8"), (b"a: [", "not valid"),
     (b"- 1", "no keys")])
-def test_recipe_file(content: bytes | None, said: str, tmp_path: Path, cli: Any) -> None:
+def test_recipe_file(content: bytes | None, expected: str, tmp_path: Path, cli: Any) -> None:
     if content is not None:
         (tmp_path / "r.yaml").write_bytes(content)
     ended = cli("run", tmp_path / "r.yaml", "--out", tmp_path / "runs" / "r")
-    assert ended.code == 2 and said in ended.line and "r.yaml" in ended.line
+    assert ended.code == 2 and expected in ended.line and "r.yaml" in ended.line
     assert not (tmp_path / "runs").exists()
 
 
 GOOD = b'{"text": "Snow fell on the barn and the dog slept."}\n'
 
 
-@pytest.mark.parametrize(("name", "content", "said"), [
+@pytest.mark.parametrize(("name", "content", "expected"), [
     ("gone.txt", None, ["no such file"]),
     ("empty.txt", b"", ["empty"]),
     ("blank.jsonl", b"\n\n", ["no text"]),
@@ -93,13 +93,13 @@ GOOD = b'{"text": "Snow fell on the barn and the dog slept."}\n'
     ("bad.parquet", b"PAR1 no", ["Parquet"]),
     ("short.txt", b"Snow fell. Rain.", ["too few|fewer"]),
 ])
-def test_data(name: str, content: bytes | None, said: list[str], recipe: Any, tmp_path: Path,
+def test_data(name: str, content: bytes | None, expected: list[str], recipe: Any, tmp_path: Path,
               cli: Any) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
     ended = cli(*recipe(str(tmp_path / name)))
     assert ended.code == 2
-    for word in said:
+    for word in expected:
         assert any(one in ended.line for one in word.split("|")), ended.line
     left = [p for p in (tmp_path / "runs").rglob("*") if p.name.endswith((".tmp", ".old"))]
     assert not left and not list((tmp_path / "runs").rglob("stage.json"))
@@ -124,7 +124,7 @@ def edit(model: Path, **changes: Any) -> None:
     (model / "config.json").write_text(json.dumps(config))
 
 
-def spoil(model: Path, how: str) -> None:
+def corrupt(model: Path, how: str) -> None:
     weights = model / "model.safetensors"
     content = weights.read_bytes()
     if how == "truncated":
@@ -148,20 +148,20 @@ def spoil(model: Path, how: str) -> None:
         (model / "config.json").write_text("{")
 
 
-@pytest.mark.parametrize(("how", "said"), [
+@pytest.mark.parametrize(("how", "expected"), [
     ("truncated", "model.safetensors"), ("header", "header"), ("shape", "wrong shape"),
     ("keys", "missing hidden_size"), ("type", "hidden_size is 'wide'"), ("kind", "'llama'"),
     ("pickle", "refused: only safetensors"), ("none", "model.safetensors"),
     ("config", "not valid JSON")])
 @pytest.mark.parametrize("verb", ["info", "chat"])
-def test_checkpoint(how: str, said: str, verb: str, model: Path, cli: Any) -> None:
-    spoil(model, how)
+def test_checkpoint(how: str, expected: str, verb: str, model: Path, cli: Any) -> None:
+    corrupt(model, how)
     ended = cli(verb, model, *(["--once", "Hi"] if verb == "chat" else []))
-    assert ended.code == 2 and said in ended.line
+    assert ended.code == 2 and expected in ended.line
 
 
 def test_a_start_that_is_no_checkpoint(recipe: Any, model: Path, cli: Any) -> None:
-    spoil(model, "truncated")
+    corrupt(model, "truncated")
     ended = cli(*recipe("stdlib", f"model.start={model}", "stages.tokenizer=null"))
     assert ended.code == 2 and "model.safetensors" in ended.err.splitlines()[-1]
 

@@ -17,7 +17,7 @@ from vicugna.cli import planning
 GB = 1e9
 
 
-def said(cli: Any, *arguments: object) -> dict[str, Any]:
+def plan_of(cli: Any, *arguments: object) -> dict[str, Any]:
     ended = cli("plan", *arguments, "--json")
     assert ended.code == 0, ended.err
     assert ended.out.count("\n") == 1 and not ended.err
@@ -25,7 +25,7 @@ def said(cli: Any, *arguments: object) -> dict[str, Any]:
 
 
 def test_llama_8b_by_hand(cli: Any) -> None:
-    plan = said(cli, "llama-3.1-8b", "--batch", 1, "--utilisation", 0.5, "--price", 3)
+    plan = plan_of(cli, "llama-3.1-8b", "--batch", 1, "--utilisation", 0.5, "--price", 3)
     size = 8_030_261_248
     assert plan["parameters"]["total"] == plan["parameters"]["active"] == size
     assert plan["weight_bytes"] == {"fp32": 4 * size, "bf16": 2 * size, "fp8": size,
@@ -60,12 +60,12 @@ def test_llama_8b_by_hand(cli: Any) -> None:
     (["llama-4-maverick", "--dtype", "fp8", "--gpu", "H100"], 8),  # as announced
     (["behemoth"], 64)])
 def test_smallest_number_of_gpus(arguments: list[str], gpus: int, cli: Any) -> None:
-    plan = said(cli, *arguments)
+    plan = plan_of(cli, *arguments)
     assert plan["gpus"][plan["assumed"]["dtype"]] == gpus
 
 
 def test_a_larger_batch_is_cheaper_until_compute_binds(cli: Any) -> None:
-    costs = [said(cli, "llama-3.1-8b", "--batch", n, "--context", 128)["decode"]
+    costs = [plan_of(cli, "llama-3.1-8b", "--batch", n, "--context", 128)["decode"]
              for n in (1, 8, 64, 4096)]
     assert [x["bound"] for x in costs] == ["memory"] * 3 + ["compute"]
     prices = [x["cost_per_million"] for x in costs]
@@ -73,7 +73,7 @@ def test_a_larger_batch_is_cheaper_until_compute_binds(cli: Any) -> None:
 
 
 def test_windows_and_latents_hold_less(cli: Any) -> None:
-    sizes = {name: said(cli, name)["cache_bytes"] for name in (
+    sizes = {name: plan_of(cli, name)["cache_bytes"] for name in (
         "mistral-7b", "mistral-7b-v0.3", "llama-4-scout", "deepseek-v3")}
     assert sizes["mistral-7b"]["1K"] == sizes["mistral-7b-v0.3"]["1K"]
     assert sizes["mistral-7b"]["10M"] == 4096 * 2 * 32 * 8 * 128 * 2
@@ -112,8 +112,8 @@ def test_a_config_a_folder_and_a_recipe(tmp_path: Path, cli: Any) -> None:
     folder = tmp_path / "mine"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(CONFIG))
-    of_folder = said(cli, folder)
-    assert of_folder == said(cli, folder / "config.json")
+    of_folder = plan_of(cli, folder)
+    assert of_folder == plan_of(cli, folder / "config.json")
     assert of_folder["model"] == "mine" and of_folder["assumed"]["context"] == 300
     assert of_folder["parameters"]["total"] == 2 * 50 * 16 + 2 * (4 * 256 + 3 * 16 * 24 + 32) + 16
     recipe = tmp_path / "r.yaml"
@@ -121,16 +121,16 @@ def test_a_config_a_folder_and_a_recipe(tmp_path: Path, cli: Any) -> None:
         "name": "deep", "data": {"sources": ["stdlib"]},
         "stages": [{"kind": "tokenizer", "vocab_size": 300}],
         "model": {"architecture": "llama", "depth": 3, "context": 64, "tied": False}}))
-    planned = said(cli, recipe)
+    planned = plan_of(cli, recipe)
     assert (planned["model"], planned["layers"], planned["context"]) == ("deep", 3, 64)
     recipe.write_text(yaml.safe_dump({"model": {"architecture": "llama", "start": str(folder)},
                                       "stages": [{"kind": "sft", "steps": 1,
                                                   "sources": ["stdlib"]}]}))
-    assert said(cli, recipe) == of_folder
+    assert plan_of(cli, recipe) == of_folder
 
 
 def test_hub_ids_of_known_models(cli: Any) -> None:
-    assert said(cli, "meta-llama/Llama-3.2-1B-Instruct")["model"] == "llama-3.2-1b"
+    assert plan_of(cli, "meta-llama/Llama-3.2-1B-Instruct")["model"] == "llama-3.2-1b"
 
 
 @pytest.mark.parametrize(("arguments", "words"), [

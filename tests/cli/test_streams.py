@@ -70,14 +70,15 @@ def test_input_is_decoded_by_its_encoding(chat: Chat, encoding: str,
     assert received == [text]
 
 
-@pytest.mark.parametrize(("data", "encoding", "said"), [
+@pytest.mark.parametrize(("data", "encoding", "expected"), [
     (b"\xff\xfe\n", "utf-8", "not UTF-8 text: byte 0xff"), (b"caf\xe9\n", "utf-8", "byte 0xe9"),
     (b"caf\xc3\xa9\n", "ascii", "not ASCII text: byte 0xc3"), (b"\xed\xa0\x80\n", "utf-8", "0xed"),
     (b"hi", "utf-16", "UTF-16"), (b"\xff\xfea", "utf-16", "UTF-16")])
-def test_an_undecodable_byte_is_one_line(chat: Chat, data: bytes, encoding: str, said: str) -> None:
+def test_an_undecodable_byte_is_one_line(chat: Chat, data: bytes, encoding: str,
+                                         expected: str) -> None:
     code, out, err = chat(data, encoding)
     assert code == 2 and out in (b"", b"\xff\xfe")
-    assert err.startswith("vicugna: standard input: ") and said in err and err.count("\n") == 1
+    assert err.startswith("vicugna: standard input: ") and expected in err and err.count("\n") == 1
     assert "surrogate" not in err
 
 

@@ -112,11 +112,12 @@ def test_verify_says_no(what: str, release: Path, cli: Any) -> None:
 
 
 def test_ledger(tiny: Path, cli: Any) -> None:
-    said = one_object(cli("ledger", tiny.parent, "--json"))
-    kinds = [a["kind"] for a in said["attempts"]]
-    assert said["intact"] and {*kinds} == {"tokenizer", "pretrain", "sft", "rl", "eval", "release"}
-    assert {a["outcome"] for a in said["attempts"]} == {"done"}
-    made = {a["kind"]: a for a in said["attempts"]}
+    printed = one_object(cli("ledger", tiny.parent, "--json"))
+    kinds = [a["kind"] for a in printed["attempts"]]
+    assert printed["intact"]
+    assert {*kinds} == {"tokenizer", "pretrain", "sft", "rl", "eval", "release"}
+    assert {a["outcome"] for a in printed["attempts"]} == {"done"}
+    made = {a["kind"]: a for a in printed["attempts"]}
     assert made["rl"]["parents"] == [made["sft"]["result"]["digest"]]
     assert "The chain is intact." in cli("ledger", tiny.parent).out
     ended = cli("ledger", tiny)
@@ -134,9 +135,9 @@ def test_ledger_broken(tiny: Path, tmp_path: Path, cli: Any) -> None:
 
 
 def test_info(tiny: Path, cli: Any) -> None:
-    said = one_object(cli("info", tiny / "02-pretrain" / "checkpoint", "--json"))
+    printed = one_object(cli("info", tiny / "02-pretrain" / "checkpoint", "--json"))
     done = json.loads((tiny / "02-pretrain" / "stage.json").read_text())
-    assert said["digest"] == done["output"] and said["model_type"] == "vicugna"
+    assert printed["digest"] == done["output"] and printed["model_type"] == "vicugna"
     assert "parameters" in cli("info", tiny / "02-pretrain" / "checkpoint").out
 
 

@@ -108,7 +108,7 @@ def test_an_item_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
 
     results = run(Scripted(), plan_of(8), tmp_path, own_tasks={"echo": Broken()})
     assert results.rows[0].n == 8 and results.rows[0].error == 4
-    with pytest.raises(VicugnaError, match="no longer makes the planned question"):
+    with pytest.raises(VicugnaError, match="no longer gives the planned item"):
         changed = Plan([replace(plan_of(8).items[0], seed=3)], DAY)
         run(Scripted(), changed, tmp_path / "b", own_tasks=ECHO)
 
@@ -203,15 +203,19 @@ def test_batches_hold_every_item_once_and_keep_to_the_limits(
         assert 1 <= len(batch) <= size and (len(batch) == 1 or longest * len(batch) <= tokens)
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    words = tokenizer.train(["The code of indigo barrel is 8715. Snow fell. Birds sang."] * 3, 280)
-    network = models.build({
-        "model_type": "llama", "vocab_size": words.vocab_size, "hidden_size": 16,
+def network(vocab_size: int) -> Any:
+    made = models.build({
+        "model_type": "llama", "vocab_size": vocab_size, "hidden_size": 16,
         "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
         "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 600})
-    models.initialise(network, 0)
-    return Model(network.eval(), words, {})
+    models.initialise(made, 0)
+    return made.eval()
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    words = tokenizer.train(["The code of indigo barrel is 8715. Snow fell. Birds sang."] * 3, 280)
+    return Model(network(words.vocab_size), words)
 
 
 SPECS: list[dict[str, Any]] = [
@@ -363,3 +367,14 @@ def test_results_of_an_older_format_say_so(tmp_path: Path) -> None:
     edit(tmp_path / "results.json", '"format": 2', '"format": 1')
     with pytest.raises(VicugnaError, match="format 1, not 2"):
         evals.read_results(tmp_path)
+
+
+def test_tokens_without_an_embedding_are_errors(model: Model, tmp_path: Path) -> None:
+    assert model.tokenizer
+    (tmp_path / "mine.jsonl").write_text(json.dumps({"prompt": "Snow?", "answers": ["yes"]}))
+    plan, task = evals.plan_items(tmp_path / "mine.jsonl", model.tokenizer, DAY, 2)
+    small = Model(network(200), model.tokenizer)
+    results = run(small, plan, tmp_path / "r", own_tasks={task.name: task})
+    assert (results.rows[0].n, results.rows[0].error) == (1, 1)
+    (record,) = evals.read_records(tmp_path / "r" / "items.jsonl")
+    assert record["error"].startswith("line 1: ") and "the vocabulary has 200" in record["error"]

@@ -57,8 +57,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def says(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Make `load` return a model that says a given reply."""
+def replying(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Make `load` return a model whose reply is always the same."""
     def use(reply: str, context: int = 512) -> None:
         monkeypatch.setattr(face, "load", lambda *_: scripted_model(reply, context))
     return use
@@ -72,8 +72,8 @@ def run(*arguments: str, text: str | None = None) -> tuple[str, str]:
     return done.stdout, done.stderr
 
 
-def test_once_prints_the_answer_alone(says: Any) -> None:
-    says("<think>hm</think>four\nfive")
+def test_once_prints_the_answer_alone(replying: Any) -> None:
+    replying("<think>hm</think>four\nfive")
     assert run("--once", "two plus two?") == ("four\nfive\n", "")
     answer = json.loads(run("--once", "two plus two?", "--json")[0])
     assert answer["text"] == "four\nfive" and answer["reasoning"] == "hm"
@@ -82,8 +82,8 @@ def test_once_prints_the_answer_alone(says: Any) -> None:
     assert out == "\n" and "token limit" in err
 
 
-def test_pipe_answers_each_line_and_obeys_commands(says: Any) -> None:
-    says("yes")
+def test_pipe_answers_each_line_and_obeys_commands(replying: Any) -> None:
+    replying("yes")
     out, err = run(text="one\n\n/system be brief\ntwo\n/reset\n/help\nthree\n/exit\nfour\n")
     assert out == "yes\nyes\nyes\n"
     assert "System prompt set" in err and "/exit" in err
@@ -91,8 +91,8 @@ def test_pipe_answers_each_line_and_obeys_commands(says: Any) -> None:
     assert [json.loads(line)["text"] for line in lines] == ["yes", "yes"]
 
 
-def test_too_long_a_conversation_is_refused_with_counts_not_cut(says: Any) -> None:
-    says("yes", context=64)
+def test_too_long_a_conversation_is_refused_with_counts_not_cut(replying: Any) -> None:
+    replying("yes", context=64)
     with pytest.raises(VicugnaError, match=r"is \d+ tokens long, .* holds 64 tokens"):
         run("--once", "many steps " * 60)
     with pytest.raises(VicugnaError, match="holds 64 tokens"):
@@ -101,13 +101,13 @@ def test_too_long_a_conversation_is_refused_with_counts_not_cut(says: Any) -> No
 
 def test_bad_settings_and_models_are_one_line_errors(tmp_path: Path, folder: Path,
                                                      monkeypatch: pytest.MonkeyPatch) -> None:
-    for arguments, says_so in ((["chat", str(tmp_path), "--once", "x"], str(tmp_path)),
+    for arguments, expected in ((["chat", str(tmp_path), "--once", "x"], str(tmp_path)),
                                (["chat", str(folder), "--top-p", "7"], "top_p"),
                                (["serve", str(folder), "--port", "99999"], "99999"),
                                (["serve", str(folder), "--host", "0.0.0.0"], "API key")):
         done = CliRunner().invoke(app, arguments, env={"VICUGNA_API_KEY": None})
         assert isinstance(done.exception, VicugnaError)
-        assert says_so in str(done.exception) and "\n" not in str(done.exception)
+        assert expected in str(done.exception) and "\n" not in str(done.exception)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe\n"), "utf-8"))
     with pytest.raises(VicugnaError, match="UTF-8"):
         chat(str(folder), None, "", 1, 0.0, 1.0, 0, 0, "float32", "cpu", False)

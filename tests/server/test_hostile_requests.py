@@ -82,7 +82,7 @@ def test_unsupported_parameter_is_named_never_ignored(live: SimpleNamespace, nam
     assert error["param"] == name and error["code"] == "unsupported_parameter"
 
 
-@pytest.mark.parametrize(("message", "says"), [
+@pytest.mark.parametrize(("message", "expected"), [
     ("hi", "messages[0]"), ({}, "role"), ({"role": "user"}, "content"),
     ({"role": "user", "content": None}, "content"), ({"role": "user", "content": 3}, "content"),
     ({"role": "king", "content": "hi"}, "role"), ({"role": "user", "content": [3]}, "parts must"),
@@ -94,8 +94,8 @@ def test_unsupported_parameter_is_named_never_ignored(live: SimpleNamespace, nam
     ({"role": "tool", "content": "4", "tool_call_id": "x"}, "tool"),
     ({"role": "assistant", "content": None, "tool_calls": [{"id": "x"}]}, "tool"),
     ({"role": "user", "content": "hi", "colour": "red"}, "colour")])
-def test_bad_message_is_explained(live: SimpleNamespace, message: Any, says: str) -> None:
-    assert says in check_error(post(live, changed(messages=[message])))["message"]
+def test_bad_message_is_explained(live: SimpleNamespace, message: Any, expected: str) -> None:
+    assert expected in check_error(post(live, changed(messages=[message])))["message"]
 
 
 def test_unknown_things_are_named_with_the_nearest(live: SimpleNamespace) -> None:

@@ -34,8 +34,8 @@ class Spec:
 
 @dataclass(frozen=True)
 class PlannedItem:
-    """One question. `cluster` is what it shares with others ("" for nothing), `prompt_tokens` its
-    rendered length, `question_digest` the digest of its messages."""
+    """One item. `cluster` names what it shares with others ("" for nothing), `prompt_tokens` is
+    the length of its prompt, `question_digest` the digest of its messages."""
 
     group: str
     task: str
@@ -49,12 +49,12 @@ class PlannedItem:
 
     @property
     def id(self) -> str:
-        """The item's name: a digest of everything that was planned about it."""
+        """A digest of all fields."""
         return digest_of(asdict(self))[:16]
 
     @property
     def row(self) -> tuple[str, str, str]:
-        """Where the results table counts it: group, task, and what is special of its difficulty."""
+        """Its row of the results: group, task, and the difficulty where it is not the default."""
         words = [f"{self.length_tokens} tokens"] if self.length_tokens else []
         usual = {**asdict(Difficulty()), **({"length": self.difficulty.length} if words else {})}
         words += [f"{key} {value}" for key, value in asdict(self.difficulty).items()
@@ -63,14 +63,14 @@ class PlannedItem:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "PlannedItem":
-        """Read back from asdict() or from an item's record, whose other keys are left aside."""
+        """From asdict() or an item's record; other keys are ignored."""
         own = {f.name: content[f.name] for f in fields(cls)}
         return cls(**{**own, "difficulty": Difficulty(**own["difficulty"])})
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The items in the order in which they are asked, and the day that a chat template sees."""
+    """The items in the order in which they are asked, and the date that chat templates see."""
 
     items: list[PlannedItem]
     date: Date
@@ -116,7 +116,7 @@ def build_plan(groups: Iterable[Mapping[str, Any]], tokenizer: Tokenizer, date: 
 
 def plan_item(group: str, item: Item, max_new_tokens: int, tokenizer: Tokenizer, date: Date,
               length_tokens: int = 0) -> PlannedItem:
-    """Plan to ask `item`; metadata["cluster"], where a task gives it, names what it shares."""
+    """Plan one item; its cluster is metadata["cluster"], if the task gives one."""
     return PlannedItem(group, item.task, item.seed, item.difficulty, max_new_tokens, length_tokens,
                        str(item.metadata.get("cluster", "")),
                        _prompt_tokens(item, tokenizer, date), digest_of(item.messages))

@@ -17,7 +17,7 @@ from vicugna.files import canonical, digest_of, disk_errors, read_json
 OUTCOMES = ("right", "wrong", "error", "truncated")
 IDENTITY = ("model_digest", "plan_digest", "date", "precision", "sampling", "batch_size",
             "batch_tokens")
-FORMAT = 2  # 2: with the date; other rules for one's own items
+FORMAT = 2  # 2 has the date, and matching.py's rule for user items
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Results:
         """Count `records`. Raises VicugnaError if they are not, one for one, the planned items."""
         plan = [PlannedItem.from_dict(record) for record in records]
         if Plan(plan, Date.fromisoformat(identity["date"])).digest != identity["plan_digest"]:
-            raise VicugnaError("the items are not the planned ones, each once", "evaluation",
+            raise VicugnaError("the items are not exactly the planned ones", "evaluation",
                                "Finish the evaluation, or run it again in a new folder")
         groups: dict[tuple[str, str, str], list[tuple[str, str]]] = {}
         for item, record in zip(plan, records, strict=True):

@@ -1,14 +1,14 @@
-"""Asking every planned question once, and counting every answer.
+"""Runs a planned evaluation: every item is asked once and counted.
 
 Each planned item ends as exactly one of four outcomes, all of them in the denominator: right (the
-reply ended by itself and the task scores it 1), wrong (it scores less), truncated (it was cut at
-its limit of tokens: never right, whatever its beginning holds) and error (no reply or no score,
+reply ended by itself and the task scores it 1), wrong (it scores less), truncated (it reached
+max_new_tokens: never right, whatever it contains) and error (no reply or no score,
 because something failed, such as a chat that the template refuses; the message is recorded).
 
-Only what is no property of an item (no memory, a failing disk, Ctrl-C) ends the evaluation. Run
-again, it resumes: a batch, a fixed slice of the plan, is written whole or redone, so that an
-evaluation killed anywhere ends in the same bytes. So does one shared by several ranks, which are
-dealt whole batches in turn and hand the records to the first.
+Only failures of the machine (out of memory, a full disk, Ctrl-C) end the evaluation. Run again, it
+resumes: a batch, a fixed slice of the plan, is written whole or repeated, so that an evaluation
+killed anywhere ends in the same bytes. So does one shared by several ranks: they take batches in
+turn (round robin), and the first gathers and writes the records.
 """
 
 import json
@@ -38,8 +38,8 @@ Tasks = Mapping[str, Task]
 
 @dataclass(frozen=True)
 class Reply:
-    """One answer: `response` without `reasoning`; `tokens` counts both. `error` says why there is
-    none. `prompt_digest` covers the prompt's tokens, so the chat template too."""
+    """A reply: `response` without `reasoning`; `tokens` counts both. `error` says why there is
+    none. `prompt_digest` is that of the prompt's tokens, which covers the chat template too."""
 
     response: str = ""
     reasoning: str | None = None
@@ -50,8 +50,8 @@ class Reply:
 
 
 class LocalModel:
-    """Answers with a model that has network, tokenizer and digest. The runner uses only `answer`,
-    `digest`, `precision` and `platform`: where exactly the same answers can be expected again."""
+    """Replies of a loaded model. The runner uses only `answer`, `digest`, `precision` and
+    `platform`: replies are reproducible to the token on the same platform."""
 
     def __init__(self, model: Any, date: Date) -> None:
         self.network, self.tokenizer, self.digest = model.network, model.tokenizer, model.digest
@@ -86,18 +86,18 @@ class LocalModel:
             error=f"the prompt has {len(tokens):,} tokens and the context {context:,}",
             prompt_digest=digest_of(tokens))
 
-    def _generate(self, asked: list[tuple[list[int], Sampling]]) -> list[Reply]:
-        if not asked:
+    def _generate(self, requests: list[tuple[list[int], Sampling]]) -> list[Reply]:
+        if not requests:
             return []
-        prompts, samplings = map(list, zip(*asked, strict=True))
+        prompts, samplings = map(list, zip(*requests, strict=True))
         try:
             done = engine.generate(self.network, self.tokenizer, prompts, samplings)
         except Exception as error:
-            fault = _item_error(error)
-            if len(asked) == 1:
-                return [Reply(error=fault)]
-            # One bad prompt must not take its batch with it.
-            return [reply for one in asked for reply in self._generate([one])]
+            message = _item_error(error)
+            if len(requests) == 1:
+                return [Reply(error=message)]
+            # One invalid prompt must not fail the whole batch.
+            return [reply for one in requests for reply in self._generate([one])]
         return [Reply(text, reasoning, len(one.tokens), one.finish_reason)
                 for one, prompt in zip(done, prompts, strict=True)
                 for reasoning, text in [chat.parse_reply(self.tokenizer, one.tokens, prompt)]]
@@ -110,7 +110,7 @@ def run(model: Any, plan: Plan, folder: str | Path, *, batch_size: int = 32,
 
     `model` is a loaded one, or anything with the interface of `LocalModel`; max_new_tokens and
     seed are set per item; `own_tasks` take precedence over vicugna.tasks; `progress(done, total)`
-    counts items. All `ranks` call it and are dealt the batches; the first writes the files.
+    counts items. All `ranks` call it and share the batches; the first writes the files.
     Raises VicugnaError when the folder holds another evaluation.
     """
     folder, known = Path(folder), {**TASKS, **(own_tasks or {})}
@@ -136,22 +136,22 @@ def run(model: Any, plan: Plan, folder: str | Path, *, batch_size: int = 32,
         results = Results.of(identity, records, platforms) if ranks.first else None
         if results:
             write_json(folder / "results.json", results.to_dict())
-    made = ranks.gather(results)[0]
-    assert made is not None
-    return made
+    results = ranks.gather(results)[0]
+    assert results is not None
+    return results
 
 
 def run_batch(answerer: Any, batch: Sequence[PlannedItem], sampling: Sampling,
-        known: Tasks = TASKS) -> list[dict[str, Any]]:
-    """Ask one batch of known tasks and score it: a record for each item, in order."""
-    made = [make_item(item, known) for item in batch]
-    asked = [(item.messages, replace(
+              known: Tasks = TASKS) -> list[dict[str, Any]]:
+    """Ask and score one batch of items of the `known` tasks: a record per item, in order."""
+    items = [make_item(planned, known) for planned in batch]
+    requests = [(item.messages, replace(
         sampling, max_new_tokens=planned.max_new_tokens,
         seed=int(digest_of([sampling.seed, planned.id])[:12], 16)))
-        for planned, item in zip(batch, made, strict=True) if isinstance(item, Item)]
-    replies = iter(answerer.answer([one for one, _ in asked], [one for _, one in asked]))
+        for planned, item in zip(batch, items, strict=True) if isinstance(item, Item)]
+    replies = iter(answerer.answer([one for one, _ in requests], [one for _, one in requests]))
     records = []
-    for planned, item in zip(batch, made, strict=True):
+    for planned, item in zip(batch, items, strict=True):
         reply, expected = (next(replies), item.answer) if isinstance(item, Item) else (
             Reply(error=item), None)
         if reply.error and isinstance(item, Item) and "line" in item.metadata:
@@ -162,35 +162,35 @@ def run_batch(answerer: Any, batch: Sequence[PlannedItem], sampling: Sampling,
 
 
 def make_item(planned: PlannedItem, known: Tasks = TASKS) -> Item | str:
-    """The question, or what failed while making it; VicugnaError if it is not as it was planned."""
+    """The item, or the error of generating it; VicugnaError if it is not the planned one."""
     try:
         item = known[planned.task].item(planned.seed, planned.difficulty)
     except Exception as error:
         return _item_error(error)
     if digest_of(item.messages) != planned.question_digest:
-        raise VicugnaError(f"seed {planned.seed} no longer makes the planned question",
+        raise VicugnaError(f"seed {planned.seed} no longer gives the planned item",
                            f"task {planned.task!r}", "Use the version that made the plan")
     return item
 
 
 def score_reply(item: Item | str, reply: Reply, known: Tasks = TASKS) -> dict[str, Any]:
-    """A reply's outcome, score and error message; the latter two are None where there is none."""
-    outcome, score, fault = "error", None, reply.error
+    """A reply's outcome, score and error message; None for a score or an error that is missing."""
+    outcome, score, message = "error", None, reply.error
     if reply.finish_reason == "length":
         outcome = "truncated"
-    elif fault is None and isinstance(item, Item):
+    elif message is None and isinstance(item, Item):
         try:
             score = float(known[item.task].score(item, reply.response))
             if not 0 <= score <= 1:
                 raise ValueError(f"the score {score} is not between 0 and 1")
             outcome = "right" if score == 1 else "wrong"
         except Exception as error:
-            score, fault = None, _item_error(error)
-    return {"outcome": outcome, "score": score, "error": fault}
+            score, message = None, _item_error(error)
+    return {"outcome": outcome, "score": score, "error": message}
 
 
 def _item_error(error: Exception) -> str:
-    """The message to keep of an item's error. What the machine failed in is raised again."""
+    """The message to record of an item's error. Failures of the machine are raised again."""
     text = str(error)
     if (isinstance(error, MemoryError | OSError | torch.OutOfMemoryError)
             or "can't allocate memory" in text or "CUDA error" in text):
@@ -200,8 +200,8 @@ def _item_error(error: Exception) -> str:
 
 def _start(folder: Path, identity: dict[str, Any], plan: Plan, batches: list[list[PlannedItem]]
            ) -> tuple[list[dict[str, Any]], int]:
-    """Write plan.json, or check it; the records of finished batches, and the number of these. Part
-    of a batch is cut off the file."""
+    """Write plan.json, or check it; the records of finished batches, and how many batches. The
+    records of an unfinished batch are cut off."""
     path = folder / "items.jsonl"
     if not (folder / "plan.json").exists() and not path.exists():
         write_json(folder / "plan.json",
