@@ -36,35 +36,38 @@ def normalise(origin: str) -> str | None:
 
 def public_origins(origins: Iterable[str]) -> frozenset[str]:
     """The values of --origin, normalised; VicugnaError for what is not an origin."""
-    made = {origin: normalise(origin.removesuffix("/")) for origin in origins}
-    for origin, known in made.items():
-        if known is None:
+    normalised = {origin: normalise(origin.removesuffix("/")) for origin in origins}
+    for origin, result in normalised.items():
+        if result is None:
             raise VicugnaError(f"{origin!r} is not an origin", "--origin",
                                "Write scheme and name, without a path: https://chat.example.org")
-    return frozenset(filter(None, made.values()))
+    return frozenset(filter(None, normalised.values()))
+
+
+def _name(origin: str) -> str:
+    return re.sub(r"^https?://|:\d+$", "", origin)
 
 
 class Guard:
     """Checks Host (against DNS rebinding), Origin (against other sites' pages) and the API key.
 
-    `hosts`: names accepted in the Host header, None for any. `origins`: of a proxy in front of the
-    server, normalised: accepted in Host and Origin. `api_key`: None for no key. Forwarded headers
-    are not read, as any client can send them.
+    `hosts`: names accepted in the Host header, None for any. `origins`: public origins of a proxy
+    in front, normalised: accepted as Origin, and their names in Host. `api_key`: None for no key.
+    Forwarded headers are not read, as any client can send them.
     """
 
     def __init__(self, app: ASGIApp, hosts: frozenset[str] | None, api_key: str | None,
                  origins: frozenset[str] = frozenset()) -> None:
-        self.app, self.hosts, self.origins = app, hosts, origins
+        self.app, self.origins = app, origins
+        self.hosts = hosts and hosts | {_name(origin) for origin in origins}
         self.expected = None if api_key is None else f"Bearer {api_key}".encode()
 
     def refusal(self, path: str, headers: Headers) -> ApiError | None:
         host, origin = headers.get("host", ""), headers.get("origin")
-        sites = {normalise(f"{scheme}://{host}") for scheme in ("http", "https")}
-        if self.hosts is not None and not sites & self.origins:
-            name = re.sub(r":\d+$", "", (normalise(f"http://{host}") or "")[len("http://"):])
-            if name not in self.hosts:
-                return self._refused(host, origin, "host_not_allowed")
-        if origin is not None and normalise(origin) not in (sites - {None}) | self.origins:
+        same = {normalise(f"{scheme}://{host}") for scheme in ("http", "https")} - {None}
+        if self.hosts is not None and _name(normalise(f"http://{host}") or "") not in self.hosts:
+            return self._refused(host, origin, "host_not_allowed")
+        if origin is not None and normalise(origin) not in same | self.origins:
             return self._refused(host, origin, "origin_not_allowed")
         given = headers.get("authorization", "").encode("latin-1", "replace")
         if self.expected and path not in PUBLIC and not hmac.compare_digest(given, self.expected):
@@ -74,7 +77,7 @@ class Guard:
 
     def _refused(self, host: str, origin: str | None, code: str) -> ApiError:
         sent = "no Origin header" if origin is None else f"the Origin header {origin[:200]!r}"
-        hosts = ["any Host"] if self.hosts is None else [*sorted(self.hosts), *sorted(self.origins)]
+        hosts = ["any Host"] if self.hosts is None else sorted(self.hosts)
         origins = ["that of the Host", *sorted(self.origins)]
         return ApiError(
             403, f"The request has the Host header {host[:200]!r} and {sent}; accepted are "
