@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -49,6 +50,23 @@ def test_train_does_one_stage(tmp_path: Path, cli: Any) -> None:
         assert stages[stage]["output"] and not stages["sft"]
     ended = cli("train", RECIPE, "--stage", "sfft", "--out", tmp_path / "r")
     assert ended.code == 2 and "no stage 'sfft'" in ended.line and "'sft'?" in ended.line
+
+
+def test_two_ranks_share_an_eval_stage(tiny: Path, tmp_path: Path) -> None:
+    runs = shutil.copytree(tiny.parent, tmp_path / "runs")
+    for name in ("05-eval", "06-release"):
+        shutil.rmtree(runs / "tiny" / name)
+    settings = [part for setting in SMALLER for part in ("--set", setting)]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m",
+         "vicugna", "train", RECIPE, "--stage", "eval", "--out", runs / "tiny", *settings],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    made = sorted(path.relative_to(tiny) for path in tiny.glob("05-eval/*/*.json*"))
+    assert len(made) >= 3
+    for path in made:
+        assert (runs / "tiny" / path).read_bytes() == (tiny / path).read_bytes()
 
 
 def test_eval_of_a_recipe(tiny: Path, tmp_path: Path, cli: Any) -> None:
