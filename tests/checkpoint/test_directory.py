@@ -238,7 +238,7 @@ def test_no_weights(folder):
     ("model.bin", "refused: only safetensors"),
     (7, "weight_map does not give"),
 ])
-def test_an_index_cannot_lead_astray(folder, tmp_path, name, says):
+def test_an_index_cannot_name_files_outside(folder, tmp_path, name, says):
     shutil.move(folder / weights.SINGLE, tmp_path / "x.safetensors")
     (folder / "link.safetensors").symlink_to(tmp_path / "x.safetensors")
     (folder / "circle.safetensors").symlink_to("circle.safetensors")
@@ -397,7 +397,7 @@ def test_replacing_the_folder_one_was_loaded_from(folder):
     assert [path.name for path in folder.parent.iterdir()] == ["m"]
 
 
-def test_other_peoples_files_are_not_deleted(folder):
+def test_other_files_are_not_deleted(folder):
     read = checkpoint.read(folder)
     (folder / "notes.txt").write_text("mine")
     with pytest.raises(VicugnaError, match=r"holds notes\.txt"):

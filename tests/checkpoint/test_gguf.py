@@ -143,7 +143,7 @@ def test_transformers_reads_it(tmp_path, bpe, name, dtype):
 
 
 @pytest.mark.parametrize("heads", [1, 4])
-def test_turning_rows_is_the_other_form_of_rope(heads):
+def test_permuting_rows_changes_between_the_two_layouts_of_rope(heads):
     """Halves rotated against each other, and neighbours after the rows were permuted, give the same
     scores: rotated features are the same numbers in another order."""
     generator = torch.Generator().manual_seed(0)
@@ -263,7 +263,7 @@ def test_llama_3_of_other_writers(tmp_path, name, high):
         checkpoint.read(tmp_path / "f.gguf")
 
 
-def test_keys_that_somebody_changed_are_believed(tmp_path, bpe):
+def test_changed_gguf_keys_override_our_config(tmp_path, bpe):
     folder_of(tmp_path / "a", MODELS["llama"], bpe)
     convert(tmp_path / "a", tmp_path / "m.gguf")
     changed = {"llama.context_length": 512, "llama.rope.freq_base": 20000.0,

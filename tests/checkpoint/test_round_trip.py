@@ -71,7 +71,7 @@ def test_every_architecture_in_every_dtype(kind, dtype, tmp_path, monkeypatch):
         assert torch.equal(again(TOKENS).logits, first(TOKENS).logits)
 
 
-def test_another_dtype_is_said_in_every_section(tmp_path):
+def test_another_dtype_is_written_in_every_section(tmp_path):
     save("llama4", tmp_path / "a", torch.bfloat16)
     edit(tmp_path / "a" / "config.json", **{
         name: content(tmp_path / "a")[name] | {"torch_dtype": "bfloat16", "dtype": "bfloat16"}

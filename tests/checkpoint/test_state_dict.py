@@ -120,7 +120,7 @@ def test_faults_name_the_tensors_of_the_files(network, tmp_path, change, says):
     fails(tmp_path / "m", says)
 
 
-def test_a_stack_stored_whole_is_read_too(network, tmp_path, monkeypatch):
+def test_stacked_experts_are_read_too(network, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.delitem(ARCHITECTURES, "vicugna")
         checkpoint.Checkpoint(network).save(tmp_path / "m")
@@ -298,7 +298,7 @@ def test_other_quantisations_are_refused(tmp_path, config):
     fails(tmp_path / "m", "quantised")
 
 
-def test_fp8_that_config_says_nothing_of(tmp_path):
+def test_fp8_without_a_quantization_config(tmp_path):
     quantised(tmp_path / "m", (16, 16))
     path = tmp_path / "m" / "config.json"
     content = json.loads(path.read_text())
@@ -309,7 +309,7 @@ def test_fp8_that_config_says_nothing_of(tmp_path):
 
 # Values that are not finite.
 
-def test_large_weights_are_looked_at_when_the_network_first_runs(tmp_path, monkeypatch):
+def test_large_weights_are_checked_by_the_first_forward_pass(tmp_path, monkeypatch):
     save("llama", tmp_path / "m")
     at_once = vicugna.load(tmp_path / "m").logits([[3, 4, 5]])
     monkeypatch.setattr(state_dict, "AT_ONCE", 0)

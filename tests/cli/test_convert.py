@@ -61,7 +61,7 @@ def test_the_other_verbs_read_gguf(a: Path, tmp_path: Path, cli: Any) -> None:
     assert facts["digest"] == same["digest"] and facts["model_type"] == "llama"
 
 
-def test_the_name_of_the_target_need_not_say_the_form(a: Path, tmp_path: Path, cli: Any) -> None:
+def test_the_format_is_given_by_to_too(a: Path, tmp_path: Path, cli: Any) -> None:
     assert cli("convert", a, tmp_path / "m.bin", "--to", "gguf").code == 0
     assert (tmp_path / "m.bin").read_bytes()[:4] == b"GGUF"
 
@@ -107,7 +107,7 @@ def test_values_too_large_are_never_written(tmp_path: Path, cli: Any) -> None:
     assert not (tmp_path / "b").exists()
 
 
-def test_what_is_quantised_is_said(a: Path, tmp_path: Path, cli: Any) -> None:
+def test_quantisation_is_reported_as_a_loss(a: Path, tmp_path: Path, cli: Any) -> None:
     assert cli("convert", a, tmp_path / "m.gguf", "--dtype", "q8_0").code == 1
     ended = cli("convert", a, tmp_path / "m.gguf", "--dtype", "q8_0", "--lossy")
     assert ended.code == 0
@@ -224,7 +224,7 @@ def test_a_gguf_file_is_not_written_over_itself(a: Path, tmp_path: Path, cli: An
 
 
 @pytest.mark.parametrize(("arguments", "says"), [
-    (["a", "b", "--to", "zip"], "unknown form 'zip'"),
+    (["a", "b", "--to", "zip"], "unknown format 'zip'"),
     (["a", "b", "--dtype", "q8_0"], "'q8_0' is not a dtype of hf files"),
     (["a", "m.gguf", "--dtype", "int3"], "'int3' is not a dtype of gguf files"),
     (["gone", "b"], "no such file or folder"),

@@ -43,7 +43,7 @@ def write(folder: Path, kind: str, tok: Tokenizer | None = None, **changes: Any)
     return folder
 
 
-def said(cli: Any, *arguments: object) -> dict[str, Any]:
+def facts_of(cli: Any, *arguments: object) -> dict[str, Any]:
     ended = cli("info", *arguments, "--json")
     assert ended.code == 0, ended.err
     assert ended.out.count("\n") == 1 and not ended.err
@@ -53,7 +53,7 @@ def said(cli: Any, *arguments: object) -> dict[str, Any]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_facts_and_digest_are_those_of_loading(kind: str, tmp_path: Path, cli: Any) -> None:
     folder = write(tmp_path / "m", kind)
-    loaded, facts = vicugna.load(folder, "auto"), said(cli, folder)
+    loaded, facts = vicugna.load(folder, "auto"), facts_of(cli, folder)
     assert facts["digest"] == loaded.digest
     assert facts["parameters"] == sum(p.numel() for p in loaded.network.parameters())
     assert (facts["active_per_token"] < facts["parameters"]) == bool(KINDS[kind] and kind != "tied")
@@ -66,9 +66,9 @@ def test_facts_and_digest_are_those_of_loading(kind: str, tmp_path: Path, cli: A
 
 def test_shards_and_order_change_nothing(tmp_path: Path, cli: Any,
                                          monkeypatch: pytest.MonkeyPatch) -> None:
-    one = said(cli, write(tmp_path / "one", "mixtral"))
+    one = facts_of(cli, write(tmp_path / "one", "mixtral"))
     monkeypatch.setattr(weights, "SHARD_BYTES", 4000)
-    many = said(cli, write(tmp_path / "many", "mixtral"))
+    many = facts_of(cli, write(tmp_path / "many", "mixtral"))
     assert one["files"] == 1 and many["files"] > 3
     assert {**one, "files": 0} == {**many, "files": 0}
 
@@ -76,21 +76,21 @@ def test_shards_and_order_change_nothing(tmp_path: Path, cli: Any,
 def test_experts_stored_as_one_tensor(tmp_path: Path, cli: Any) -> None:
     """A stack and its pieces are the same model."""
     folder = write(tmp_path / "m", "mixtral")
-    before, state = said(cli, folder)["digest"], load_file(folder / "model.safetensors")
+    before, state = facts_of(cli, folder)["digest"], load_file(folder / "model.safetensors")
     for layer in range(2):
         stem = f"model.layers.{layer}.block_sparse_moe.experts"
         state[f"{stem}.down_proj"] = torch.stack(
             [state.pop(f"{stem}.{expert}.w2.weight") for expert in range(4)])
     save_file(state, folder / "model.safetensors", {"format": "pt"})
-    assert said(cli, folder)["digest"] == before == vicugna.load(folder, "auto").digest
+    assert facts_of(cli, folder)["digest"] == before == vicugna.load(folder, "auto").digest
 
 
 def test_extra_tensors_count_in_the_digest(tmp_path: Path, cli: Any) -> None:
     folder = write(tmp_path / "m", "deepseek_v3")
-    before, state = said(cli, folder), load_file(folder / "model.safetensors")
+    before, state = facts_of(cli, folder), load_file(folder / "model.safetensors")
     state["model.layers.2.eh_proj.weight"] = torch.ones(3, 5)  # predicts further tokens
     save_file(state, folder / "model.safetensors", {"format": "pt"})
-    after = said(cli, folder)
+    after = facts_of(cli, folder)
     assert after["digest"] == vicugna.load(folder, "auto").digest != before["digest"]
     assert after["parameters"] == before["parameters"] and after["tensors"] == len(state)
 
@@ -100,7 +100,7 @@ def test_several_dtypes_have_no_digest(tmp_path: Path, cli: Any) -> None:
     state = load_file(folder / "model.safetensors")
     state["model.norm.weight"] = state["model.norm.weight"].float()
     save_file(state, folder / "model.safetensors", {"format": "pt"})
-    facts = said(cli, folder)
+    facts = facts_of(cli, folder)
     assert set(facts["dtypes"]) == {"bfloat16", "float32"} and facts["digest"] is None
 
 
@@ -113,14 +113,14 @@ def test_gguf(tmp_path: Path, cli: Any) -> None:
     for dtype, held in (("bfloat16", {"bfloat16", "float32"}), ("q8_0", {"Q8_0", "float32"})):
         path.unlink(missing_ok=True)
         convert(folder, path, dtype=dtype, lossy=True)
-        facts = said(cli, path)
+        facts = facts_of(cli, path)
         assert facts["digest"] == vicugna.load(path, "auto").digest
         assert set(facts["dtypes"]) == held and facts["format"] == "gguf"
-        assert facts["parameters"] == said(cli, folder)["parameters"]
+        assert facts["parameters"] == facts_of(cli, folder)["parameters"]
     (tmp_path / "sha256-00").write_bytes(path.read_bytes())  # as Ollama's blobs are called
-    assert said(cli, tmp_path / "sha256-00") == facts
+    assert facts_of(cli, tmp_path / "sha256-00") == facts
     (folder / "m.gguf").write_bytes(path.read_bytes())
-    assert said(cli, folder)["format"] == "safetensors"
+    assert facts_of(cli, folder)["format"] == "safetensors"
 
 
 def test_every_ggml_type_has_its_name(tmp_path: Path, cli: Any) -> None:
@@ -134,7 +134,7 @@ def test_every_ggml_type_has_its_name(tmp_path: Path, cli: Any) -> None:
     convert(folder, tmp_path / "a.gguf")
     for kind in map(gguf.GGMLQuantizationType.__getitem__, ("Q4_1", "Q5_0", "Q5_1")):
         requantise(tmp_path / "a.gguf", tmp_path / "b.gguf", kind)
-        assert kind.name in said(cli, tmp_path / "b.gguf")["dtypes"]
+        assert kind.name in facts_of(cli, tmp_path / "b.gguf")["dtypes"]
         assert f"{kind.name}: " in cli("info", tmp_path / "b.gguf").out
 
 
@@ -174,7 +174,7 @@ def test_metas_files(tmp_path: Path, cli: Any) -> None:
     (tmp_path / "params.json").write_text(json.dumps({
         "dim": D, "n_layers": 2, "n_heads": 4, "norm_eps": 1e-5, "multiple_of": 8,
         "vocab_size": V, "ffn_dim_multiplier": 0.5}))
-    facts = said(cli, tmp_path)
+    facts = facts_of(cli, tmp_path)
     assert facts["digest"] == vicugna.load(tmp_path, "auto").digest
     assert facts["model_type"] == "llama" and facts["format"] == "pth" and facts["files"] == 1
     assert facts["dtypes"] == {"bfloat16": 2 * facts["parameters"]}
@@ -194,7 +194,7 @@ def test_block_scaled_fp8(tmp_path: Path, cli: Any) -> None:
     config["quantization_config"] = {"quant_method": "fp8", "activation_scheme": "dynamic",
                                      "weight_block_size": [8, 8]}
     (folder / "config.json").write_text(json.dumps(config))
-    facts = said(cli, folder)
+    facts = facts_of(cli, folder)
     assert set(facts["dtypes"]) == {"float8_e4m3fn", "bfloat16", "float32"}
     assert facts["digest"] == vicugna.load(folder, "auto").digest
 
@@ -215,14 +215,14 @@ def test_a_large_checkpoint_is_not_read(tmp_path: Path, cli: Any) -> None:
     with open(folder / "model.safetensors", "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + offset)
-    facts = said(cli, folder, "--no-digest")
+    facts = facts_of(cli, folder, "--no-digest")
     assert facts["dtypes"] == {"bfloat16": offset} and offset > 16e9 and "digest" not in facts
 
 
 def test_tokenizer_and_table(tmp_path: Path, cli: Any) -> None:
     tok = train([Path(__file__).read_text()], 300)
     folder = write(tmp_path / "m", "vicugna", tok, vocab_size=300)
-    facts, ended = said(cli, folder), cli("info", folder)
+    facts, ended = facts_of(cli, folder), cli("info", folder)
     assert facts["tokenizer"] == tok.digest and facts["tokens"] == 300 and facts["chat_template"]
     assert facts["digest"] == vicugna.load(folder, "auto").digest
     assert ended.code == 0

@@ -1,4 +1,4 @@
-"""From one form of a checkpoint to another, tensor by tensor; losses must be allowed."""
+"""From one format of a checkpoint to another, tensor by tensor; losses must be allowed."""
 
 import math
 import os
@@ -80,7 +80,7 @@ class Losses:
 def convert(source: str | Path, target: str | Path, form: str | None = None,
             dtype: str | None = None, lossy: bool = False,
             report: Callable[[int], Report] | None = None) -> dict[str, Any]:
-    """Write the checkpoint `source` (anything `read` reads) to `target` in another form or dtype.
+    """Write the checkpoint `source` (anything `read` reads) to `target` in another format or dtype.
 
     `form` is "hf" or "gguf", by default what `target` looks like; `dtype` is a float type, or for
     GGUF "q8_0" or "q4_0", by default as stored. `report(tensors)` gives what is called with each
@@ -91,7 +91,7 @@ def convert(source: str | Path, target: str | Path, form: str | None = None,
     target = Path(os.path.expanduser(target))
     form = form or ("gguf" if target.suffix.lower() == ".gguf" else "hf")
     if form not in FORMS:
-        raise VicugnaError(f"unknown form {form!r}", "--to", f"Use one of {', '.join(FORMS)}")
+        raise VicugnaError(f"unknown format {form!r}", "--to", f"Use one of {', '.join(FORMS)}")
     known = [*KINDS] if form == "gguf" else [*DTYPES]
     if dtype not in (None, *known):
         raise VicugnaError(f"{dtype!r} is not a dtype of {form} files", "--dtype",
