@@ -74,11 +74,14 @@ def fill(network: Any, stored: Mapping[str, Stored], dtype: torch.dtype | None,
     passthrough = {name: mapped.read([part], part.shape, part.kind, torch.device("cpu"))
                    for name, part in parts(network, stored, where)[1].items()}
     network.eval()
-    if mapped.unchecked:
-        def first_run(*_: Any) -> None:
-            mapped.check()
-            hook.remove()
-        hook = network.register_forward_pre_hook(first_run)
+    if not mapped.unchecked:
+        return passthrough, lambda: None  # and the mappings of converted tensors go
+
+    def first_run(*_: Any) -> None:
+        mapped.check()
+        hook.remove()
+
+    hook = network.register_forward_pre_hook(first_run)
     return passthrough, mapped.check
 
 
