@@ -66,14 +66,14 @@ def test_filler_fills_and_never_looks_like_a_needle(seed: int, characters: int) 
     assert not re.search(r"\d|=|\bcode\b|\bLet\b|\bis\b", text)
 
 
-def test_a_single_needle_has_no_rivals() -> None:
+def test_a_single_needle_has_no_distractors() -> None:
     item = make("retrieval.single", length=3000, count=5)
     key = item.messages[0]["content"].rsplit("code of ", 1)[1].rstrip("?")
     assert CODE.findall(context(item)) == [(key, item.answer)]
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 300, 9999])
-def test_rival_keys_are_distinct_and_counted(count: int) -> None:
+def test_distractor_keys_are_distinct_and_counted(count: int) -> None:
     item = make("retrieval.keys", length=2000, count=count)
     codes = CODE.findall(context(item))
     assert len(codes) == len(dict(codes)) == count + 1
