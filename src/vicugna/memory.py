@@ -7,10 +7,16 @@ from contextlib import suppress
 from pathlib import Path
 
 
-def peak_memory() -> int:
-    """Largest resident size of this process so far, bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+def peak_memory() -> dict[str, int]:
+    """For the cost of an attempt: the largest resident size of this process so far, bytes; on CUDA
+    also the most that its tensors took of the device's memory."""
+    import torch  # heavy: not every command needs it
+
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = {"peak_memory_bytes": resident if sys.platform == "darwin" else resident * 1024}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        peak["peak_device_memory_bytes"] = torch.cuda.max_memory_allocated()
+    return peak
 
 
 def return_memory() -> None:

@@ -283,7 +283,7 @@ def _make_tokenizer(run: Run, stage: TokenizerSpec, path: Path) -> Result:
     made = train_tokenizer(texts, stage.vocab_size)
     with files.replacing_folder(path / "checkpoint") as folder:
         made.save(folder)
-    return made.digest, {"peak_memory_bytes": peak_memory()}
+    return made.digest, peak_memory()
 
 
 def _train(run: Run, stage: TrainSpec | RlSpec, path: Path) -> Result:
@@ -313,7 +313,7 @@ def _evaluate(run: Run, stage: EvalSpec, path: Path) -> Result:
     costs = {attempt.result.get("digest"): attempt.cost for attempt in run.ledger.attempts()}
     cost = {key: sum(costs[digest].get(key, 0) for digest in digests)
             for key in ("tokens", "flops", "device_seconds")}
-    return files.digest_of(digests), {**cost, "peak_memory_bytes": peak_memory()}
+    return files.digest_of(digests), {**cost, **peak_memory()}
 
 
 def _release(run: Run, stage: ReleaseSpec, path: Path) -> Result:
@@ -323,7 +323,7 @@ def _release(run: Run, stage: ReleaseSpec, path: Path) -> Result:
     results = [run.path(name) / final for name in run.recipe.evidence(stage.name)]
     manifest = make_release(run.path(final) / "checkpoint", results, run.ledger,
                             run.folder / "recipe.yaml", path / "release", about)
-    return manifest["release_digest"], {"peak_memory_bytes": peak_memory()}
+    return manifest["release_digest"], peak_memory()
 
 
 WORK: dict[str, Callable[..., Result]] = {

@@ -199,12 +199,17 @@ def test_memory_says_what_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_utilisation_is_of_the_published_peak_where_it_is_known(
         name: str, published: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7)
     assert cost.peaks("bf16", torch.device("cuda:0")) == {
         "matmul_utilisation": 1e9, **({"mfu": published} if published else {})}
     assert cost.peaks("bf16", torch.device("cpu")) == {"matmul_utilisation": 1e9}
-    assert cost.peak_memory(torch.device("cuda:0"))["peak_device_memory_bytes"] == 7
-    assert "peak_device_memory_bytes" not in cost.peak_memory(torch.device("cpu"))
+
+
+def test_the_peak_memory_of_a_gpu_is_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert memory.peak_memory().keys() == {"peak_memory_bytes"}
+    for name, value in {"is_available": True, "is_initialized": True,
+                        "max_memory_allocated": 7}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    assert memory.peak_memory()["peak_device_memory_bytes"] == 7
 
 
 def test_every_device_is_a_gpu_with_figures() -> None:

@@ -12,7 +12,7 @@ from vicugna.evals.runner import run
 from vicugna.ledger import Ledger, code_version, recorded
 from vicugna.memory import peak_memory
 from vicugna.model import Model
-from vicugna.training import cost
+from vicugna.models.counts import count
 
 
 def evaluate(model: Model, plan: Plan, batch: int, folder: Path, ledger: Ledger,
@@ -33,8 +33,8 @@ def evaluate(model: Model, plan: Plan, batch: int, folder: Path, ledger: Ledger,
         ledger.close(attempt, "done", {
             "tokens": results.tokens,
             "device_seconds": (time.monotonic() - begun) * ranks.world,
-            "flops": results.tokens * cost.flops_per_token(model.network, 1) / 3,
-            "peak_memory_bytes": peak_memory()}, {"digest": results.digest})
+            "flops": results.tokens * count(model.config.to_dict()).flops(1),
+            **peak_memory()}, {"digest": results.digest})
     return results
 
 

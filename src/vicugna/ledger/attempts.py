@@ -31,7 +31,7 @@ def recorded(ledger: Ledger, attempt: str, folder: Path) -> Iterator[None]:
                    "failed" if isinstance(error, Exception) else "interrupted")
         with suppress(VicugnaError):  # it may be closed already, or its disk be full
             if attempt:
-                ledger.close(attempt, outcome, {"peak_memory_bytes": peak_memory()},
+                ledger.close(attempt, outcome, peak_memory(),
                              {"error": files.printable(str(error))[:500]})
         exhausted = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         if exhausted or "allocate memory" in str(error):

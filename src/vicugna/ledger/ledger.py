@@ -35,9 +35,9 @@ class Attempt:
 
     `kind` is the stage's, `purpose` "research" or "product", `parents` the digests of what it
     started from. `outcome` is "open" while it runs or after it was killed, then one of OUTCOMES;
-    `cost` (flops, device_seconds, tokens, peak_memory_bytes) covers the whole attempt;
-    `result["digest"]` is the digest of what it made, `result["error"]` the message of one that
-    ended otherwise; times are ISO 8601, UTC."""
+    `cost` (flops, device_seconds, tokens, peak_memory_bytes, on CUDA peak_device_memory_bytes)
+    covers the whole attempt; `result["digest"]` is the digest of what it made, `result["error"]`
+    the message of one that ended otherwise; times are ISO 8601, UTC."""
 
     id: str
     kind: str

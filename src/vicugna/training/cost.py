@@ -43,14 +43,6 @@ def peaks(precision: str, device: torch.device) -> dict[str, float]:
     return found | ({"mfu": gpu.peak(precision)} if gpu else {})
 
 
-def peak_memory(device: torch.device) -> dict[str, int]:
-    """Bytes: the largest resident size of this process, and on a GPU the most that tensors took
-    of its memory."""
-    return {"peak_memory_bytes": memory.peak_memory()} | (
-        {"peak_device_memory_bytes": torch.cuda.max_memory_allocated(device)}
-        if device.type == "cuda" else {})
-
-
 def training_memory(network: nn.Module, rows: int, length: int, element: int, shards: int = 1
                     ) -> int:
     """Estimated bytes of one step: float32 weights, gradients and two moments, of which there is

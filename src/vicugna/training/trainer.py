@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from vicugna import progress
 from vicugna.distributed import Ranks
 from vicugna.errors import VicugnaError
-from vicugna.memory import return_memory
+from vicugna.memory import peak_memory, return_memory
 from vicugna.models.counts import VISION
 from vicugna.models.layers.moe import Balanced
 from vicugna.training import cost, optimisers, parallel, state
@@ -79,7 +79,7 @@ def train(network: nn.Module, objective: Objective, batch_of: Batches, spec: Sta
         metrics.close()
     network.eval()
     return {**{key: done[key] for key in ("tokens", "flops", "skipped")},
-            "device_seconds": done["seconds"] * ranks.world, **cost.peak_memory(ranks.device)}
+            "device_seconds": done["seconds"] * ranks.world, **peak_memory()}
 
 
 def _spent(network: nn.Module, batch: TrainingBatch, seconds: float, ranks: Ranks
