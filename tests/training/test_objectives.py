@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vicugna import chips, memory
 from vicugna.errors import VicugnaError
 from vicugna.models.layers.attention import Dense
-from vicugna.training import cost, logprobs, optimisers
+from vicugna.training import cost, logprobs, muon, optimisers
 from vicugna.training.batch import TrainingBatch
 from vicugna.training.logprobs import token_logprobs
 from vicugna.training.loss import Loss
@@ -136,6 +136,24 @@ def test_every_parameter_has_exactly_one_optimiser(kind: str, model: str) -> Non
     for opt in made:
         for group in opt.param_groups:
             assert (group["weight_decay"] > 0) == (group["params"][0].ndim >= 2)
+
+
+def test_batched_muon_is_torchs_to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(muon, "STACK", 5000)  # two matrices of a shape at once, then the third
+    shapes = [(48, 48), (128, 16), (16, 128)] * 3
+    random, ends = torch.Generator().manual_seed(0), []
+    initial = [torch.randn(shape, generator=random) for shape in shapes]
+    for kind in (torch.optim.Muon, muon.Muon):
+        parameters = [nn.Parameter(one.clone()) for one in initial]
+        optimiser = kind(parameters, lr=0.02, weight_decay=0.1)
+        for step in range(3):
+            random.manual_seed(step)
+            for p in parameters[step == 1:]:  # the first has no gradient once
+                p.grad = torch.randn(p.shape, generator=random)
+            optimiser.step()
+            optimiser.zero_grad()
+        ends.append(parameters)
+    assert all(torch.equal(p, q) for p, q in zip(*ends, strict=True))
 
 
 @given(schedule=st.sampled_from(["wsd", "cosine"]), steps=st.integers(1, 300),

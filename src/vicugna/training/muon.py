@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 STACK = 1 << 28  # elements orthogonalised at once
+Matrix = tuple[Tensor, Tensor, Tensor]  # parameter, gradient, momentum
 
 
 class Muon(torch.optim.Muon):
@@ -21,27 +22,25 @@ class Muon(torch.optim.Muon):
             grads: list[Tensor] = []
             momenta: list[Tensor] = []
             self._init_group(group, params, grads, momenta)
-            shapes = defaultdict[torch.Size, list[int]](list)
-            for n, param in enumerate(params):
-                shapes[param.shape].append(n)
-            for shape, members in shapes.items():
+            shapes = defaultdict[torch.Size, list[Matrix]](list)
+            for matrix in zip(params, grads, momenta, strict=True):
+                shapes[matrix[0].shape].append(matrix)
+            for shape, matrices in shapes.items():
                 size = max(1, STACK // shape.numel())
-                for start in range(0, len(members), size):
-                    one = members[start:start + size]
-                    _update(group, *([tensors[n] for n in one]
-                                     for tensors in (params, grads, momenta)))
+                for start in range(0, len(matrices), size):
+                    _update(group, matrices[start:start + size])
 
 
-def _update(group: dict[str, Any], params: list[Tensor], grads: list[Tensor],
-            momenta: list[Tensor]) -> None:
+def _update(group: dict[str, Any], matrices: list[Matrix]) -> None:
     """Nesterov momentum, orthogonalised; larger steps for tall matrices."""
     updates = []
-    for grad, momentum in zip(grads, momenta, strict=True):
+    for _, grad, momentum in matrices:
         momentum.lerp_(grad, 1 - group["momentum"])
         updates.append(grad.lerp(momentum, group["momentum"]).bfloat16())
-    rows, columns = params[0].shape
+    rows, columns = updates[0].shape
     lr = group["lr"] * max(1, rows / columns) ** 0.5
-    for param, update in zip(params, _orthogonalise(group, torch.stack(updates)), strict=True):
+    for (param, *_), update in zip(matrices, _orthogonalise(group, torch.stack(updates)),
+                                   strict=True):
         param.mul_(1 - group["lr"] * group["weight_decay"])
         param.add_(update, alpha=-lr)
 
