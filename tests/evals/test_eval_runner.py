@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from vicugna import evals, models, tasks, tokenizer
 from vicugna.engine import Sampling
 from vicugna.errors import VicugnaError
-from vicugna.evals.plan import Plan, plan_item, sort_plan, split_batches
-from vicugna.evals.runner import LocalModel, Reply, run
+from vicugna.evals.plan import Plan, PlannedItem, plan_item, sort_plan, split_batches
+from vicugna.evals.runner import LocalModel, Reply, make_item, run, score_reply
 from vicugna.files import digest_of
 from vicugna.model import Model
 from vicugna.tasks import Difficulty, Item, split_seed
@@ -378,3 +378,13 @@ def test_tokens_without_an_embedding_are_errors(model: Model, tmp_path: Path) ->
     assert (results.rows[0].n, results.rows[0].error) == (1, 1)
     (record,) = evals.read_records(tmp_path / "r" / "items.jsonl")
     assert record["error"].startswith("line 1: ") and "the vocabulary has 200" in record["error"]
+
+
+def test_tasks_of_reasoning_gym_are_generated_and_scored() -> None:
+    pytest.importorskip("reasoning_gym", reason="the extra reasoning-gym is not installed")
+    item = tasks.get("reasoning_gym.leg_counting").item(0, Difficulty())
+    planned = PlannedItem("legs", item.task, 0, Difficulty(), 8,
+                          question_digest=digest_of(item.messages))
+    assert make_item(planned) == item
+    assert score_reply(item, Reply(item.answer, None, 1, "stop"))["outcome"] == "right"
+    assert tasks.is_builtin(item.task) and not tasks.is_builtin("items")

@@ -23,17 +23,18 @@ from typing import Any
 
 import torch
 
-from vicugna import chat, engine
+from vicugna import chat, engine, tasks
 from vicugna.distributed import Ranks
 from vicugna.engine import Sampling
 from vicugna.errors import VicugnaError
 from vicugna.evals.plan import Plan, PlannedItem, split_batches
 from vicugna.evals.results import Results, read_records
 from vicugna.files import canonical, digest_of, disk_errors, owned, read_json, write_json
-from vicugna.tasks import TASKS, Item, Task
+from vicugna.tasks import Item, Task
 
 BATCH_TOKENS, GREEDY = 65_536, Sampling()
 Tasks = Mapping[str, Task]
+NO_TASKS: Tasks = {}
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def run(model: Any, plan: Plan, folder: str | Path, *, batch_size: int = 32,
     counts items. All `ranks` call it and share the batches; the first writes the files.
     Raises VicugnaError when the folder holds another evaluation.
     """
-    folder, known = Path(folder), {**TASKS, **(own_tasks or {})}
+    folder = Path(folder)
     answerer = model if hasattr(model, "answer") else LocalModel(model, plan.date)
     identity = json.loads(canonical({  # as it will be read back: tuples become lists
         "model_digest": answerer.digest, "plan_digest": plan.digest,
@@ -127,7 +128,7 @@ def run(model: Any, plan: Plan, folder: str | Path, *, batch_size: int = 32,
         progress(len(records), len(plan.items))
         for start in range(ranks.gather(done)[0], len(batches), ranks.world):
             own = batches[start + ranks.rank] if start + ranks.rank < len(batches) else []
-            gathered = ranks.gather(run_batch(answerer, own, sampling, known))
+            gathered = ranks.gather(run_batch(answerer, own, sampling, own_tasks or {}))
             new = [record for part in gathered for record in part]
             records += new
             if ranks.first:
@@ -142,9 +143,9 @@ def run(model: Any, plan: Plan, folder: str | Path, *, batch_size: int = 32,
 
 
 def run_batch(answerer: Any, batch: Sequence[PlannedItem], sampling: Sampling,
-              known: Tasks = TASKS) -> list[dict[str, Any]]:
-    """Ask and score one batch of items of the `known` tasks: a record per item, in order."""
-    items = [make_item(planned, known) for planned in batch]
+              own_tasks: Tasks = NO_TASKS) -> list[dict[str, Any]]:
+    """Ask and score one batch of items of `own_tasks` or vicugna.tasks: a record each, in order."""
+    items = [make_item(planned, own_tasks) for planned in batch]
     requests = [(item.messages, replace(
         sampling, max_new_tokens=planned.max_new_tokens,
         seed=int(digest_of([sampling.seed, planned.id])[:12], 16)))
@@ -157,14 +158,14 @@ def run_batch(answerer: Any, batch: Sequence[PlannedItem], sampling: Sampling,
         if reply.error and isinstance(item, Item) and "line" in item.metadata:
             reply = replace(reply, error=f"line {item.metadata['line']}: {reply.error}")
         records.append({**asdict(planned), "id": planned.id, "expected": expected,
-                        **asdict(reply), **score_reply(item, reply, known)})
+                        **asdict(reply), **score_reply(item, reply, own_tasks)})
     return records
 
 
-def make_item(planned: PlannedItem, known: Tasks = TASKS) -> Item | str:
+def make_item(planned: PlannedItem, own_tasks: Tasks = NO_TASKS) -> Item | str:
     """The item, or the error of generating it; VicugnaError if it is not the planned one."""
     try:
-        item = known[planned.task].item(planned.seed, planned.difficulty)
+        item = _task(planned.task, own_tasks).item(planned.seed, planned.difficulty)
     except Exception as error:
         return _item_error(error)
     if digest_of(item.messages) != planned.question_digest:
@@ -173,20 +174,24 @@ def make_item(planned: PlannedItem, known: Tasks = TASKS) -> Item | str:
     return item
 
 
-def score_reply(item: Item | str, reply: Reply, known: Tasks = TASKS) -> dict[str, Any]:
+def score_reply(item: Item | str, reply: Reply, own_tasks: Tasks = NO_TASKS) -> dict[str, Any]:
     """A reply's outcome, score and error message; None for a score or an error that is missing."""
     outcome, score, message = "error", None, reply.error
     if reply.finish_reason == "length":
         outcome = "truncated"
     elif message is None and isinstance(item, Item):
         try:
-            score = float(known[item.task].score(item, reply.response))
+            score = float(_task(item.task, own_tasks).score(item, reply.response))
             if not 0 <= score <= 1:
                 raise ValueError(f"the score {score} is not between 0 and 1")
             outcome = "right" if score == 1 else "wrong"
         except Exception as error:
             score, message = None, _item_error(error)
     return {"outcome": outcome, "score": score, "error": message}
+
+
+def _task(name: str, own_tasks: Tasks) -> Task:
+    return own_tasks[name] if name in own_tasks else tasks.get(name)
 
 
 def _item_error(error: Exception) -> str:

@@ -99,7 +99,7 @@ def _items(release: Contents) -> str:
         seeds: dict[Any, list[int]] = {}
         for record in records:
             planned = PlannedItem.from_dict(record)
-            builtin = planned.task in tasks.TASKS
+            builtin = tasks.is_builtin(planned.task)
             seeds.setdefault(planned.row if builtin else planned.task, []).append(planned.seed)
             checked, custom = checked + builtin, custom + (not builtin)
             if builtin:
@@ -186,7 +186,7 @@ def _draw(release: Contents, sample: int) -> list[tuple[Results, list[dict[str, 
         remaining, plan = iter(records), [PlannedItem.from_dict(record) for record in records]
         for planned in split_batches(plan, results.batch_size, results.batch_tokens):
             batch = [next(remaining) for _ in planned]
-            if all(item.task in tasks.TASKS for item in planned):
+            if all(tasks.is_builtin(item.task) for item in planned):
                 batches.append((results, batch))
     random.SystemRandom().shuffle(batches)
     while batches and sum(len(batch) for _, batch in drawn) < sample:
