@@ -17,7 +17,6 @@ pytestmark = pytest.mark.skipif(not (shutil.which("gcc") or shutil.which("clang"
                                 reason="there is no compiler")
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("kind", ["llama", "vicugna"])
 def test_compiled_layers_compute_what_eager_ones_do(kind: str) -> None:
     """Within the noise of bfloat16, over several steps. The layers share what is compiled: there

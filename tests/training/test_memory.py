@@ -15,7 +15,6 @@ BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "fsdp_memory.py"
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peaks stay")
-@pytest.mark.timeout(300)
 def test_two_processes_train_what_neither_holds() -> None:
     """Peak memory, read from outside, while the network is initialised, trained, saved and loaded
     again; the losses are those of one process."""

@@ -8,12 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "train_gpu.py"
 
 
-@pytest.mark.timeout(300)
 def test_the_benchmark_has_the_losses_of_transformers() -> None:
     done = subprocess.run(
         [sys.executable, BENCHMARK, "--steps", "1", "--length", "32"], capture_output=True,
