@@ -11,11 +11,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
 import yaml
-from conftest import Cli
 
 from vicugna.cli import app
 from vicugna.training.recipe import Recipe
@@ -101,7 +101,7 @@ def folder_of(tiny: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_quick_commands_run(cli: Cli, tiny: Path, tmp_path: Path,
+def test_the_quick_commands_run(cli: Any, tiny: Path, tmp_path: Path,
                                 monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder_of(tiny, tmp_path))
     release = "runs/mine/06-release/release"
