@@ -139,7 +139,8 @@ class Attention(nn.Module):
         self.query_scale = rope.mscale(scaling.get("factor", 1.0),
                                      scaling.get("mscale_all_dim") or 0.0) ** 2
 
-    def forward(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+    def forward(self, x_BTD: Tensor, positions_BT: Tensor, rotation: tuple[Tensor, Tensor],
+                attend: Attend) -> Tensor:
         B, T, _ = x_BTD.shape
         if self.rank is None:
             q = self.q_proj(x_BTD)

@@ -46,31 +46,39 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(D, self.G * self.K, bias=biases[0])
         self.o_proj = nn.Linear(self.H * self.K, D, bias=biases[1])
 
-    def forward(self, x_BTD: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend,
-                query_scale_BT: Tensor | None = None) -> Tensor:
+    def forward(self, x_BTD: Tensor, positions_BT: Tensor, rotation: tuple[Tensor, Tensor],
+                attend: Attend) -> Tensor:
         B, T, _ = x_BTD.shape
-        q = rope.rotate(self.q_proj(x_BTD).view(B, T, self.H, self.K), *rotation)
-        if query_scale_BT is not None:
-            q = q * query_scale_BT[:, :, None, None].to(q.dtype)
-        k = rope.rotate(self.k_proj(x_BTD).view(B, T, self.G, self.K), *rotation)
+        q = self.q_proj(x_BTD).view(B, T, self.H, self.K)
+        k = self.k_proj(x_BTD).view(B, T, self.G, self.K)
         v = self.v_proj(x_BTD).view(B, T, self.G, self.K)
+        q, k = self.embed_positions(q, k, positions_BT, rotation)
         return self.o_proj(attend(self.layer, q, k, v, self.span).reshape(B, T, self.H * self.K))
+
+    def embed_positions(self, q_BTHK: Tensor, k_BTGK: Tensor, positions_BT: Tensor,
+                        rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """RoPE of queries and keys. Architectures that also normalise or scale them override it."""
+        return rope.rotate(q_BTHK, *rotation), rope.rotate(k_BTGK, *rotation)
 
 
 class Layer(nn.Module):
-    """Pre-norm residual block: attention, then a feed-forward."""
+    """Pre-norm residual block: attention, then a feed-forward, in files under the name `mlp`."""
 
-    def __init__(self, config: Shape, attention: nn.Module, mlp: nn.Module) -> None:
+    def __init__(self, config: Shape, attention: nn.Module, feed_forward: nn.Module,
+                 mlp: str = "mlp") -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = attention
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = mlp
+        self.mlp_name = mlp
+        self.add_module(mlp, feed_forward)
 
     def forward(self, x_BTD: Tensor, positions_BT: Tensor, rotation: tuple[Tensor, Tensor],
                 attend: Attend) -> Tensor:
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotation, attend)
-        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+        h_BTD = self.input_layernorm(x_BTD)
+        x_BTD = x_BTD + self.self_attn(h_BTD, positions_BT, rotation, attend)
+        feed_forward = getattr(self, self.mlp_name)
+        return x_BTD + feed_forward(self.post_attention_layernorm(x_BTD))
 
 
 class Network(decoder.Network):

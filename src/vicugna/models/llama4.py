@@ -24,7 +24,6 @@ from vicugna.models.layers.config import Shape
 from vicugna.models.layers.mask import Span
 from vicugna.models.layers.mlp import SwiGLU
 from vicugna.models.layers.moe import Experts
-from vicugna.models.layers.norm import RMSNorm
 from vicugna.models.layers.vision import VisionConfig, VisionModel
 
 CHUNKED, FULL = "chunked_attention", "full_attention"
@@ -148,20 +147,17 @@ class Attention(llama.Attention):
         super().__init__(config, layer, config.span(layer), biases)
         self.config, self.has_rope = config, config.has_rope(layer)
 
-    def forward(self, x_BTD: Tensor, positions_BT: Tensor,  # type: ignore[override]
-                rotation: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        B, T, _ = x_BTD.shape
-        q = self.q_proj(x_BTD).view(B, T, self.H, self.K)
-        k = self.k_proj(x_BTD).view(B, T, self.G, self.K)
-        v = self.v_proj(x_BTD).view(B, T, self.G, self.K)
+    def embed_positions(self, q_BTHK: Tensor, k_BTGK: Tensor, positions_BT: Tensor,
+                        rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        q, k, dtype = q_BTHK, k_BTGK, q_BTHK.dtype
         if self.has_rope:
             q, k = rope.rotate_pairs(q, *rotation), rope.rotate_pairs(k, *rotation)
             if self.config.use_qk_norm:
-                q, k = (F.rms_norm(x.float(), (self.K,), eps=self.config.rms_norm_eps).to(v.dtype)
+                q, k = (F.rms_norm(x.float(), (self.K,), eps=self.config.rms_norm_eps).to(dtype)
                         for x in (q, k))
         elif self.config.attn_temperature_tuning:
-            q = (q * self.query_scale(positions_BT)[:, :, None, None]).to(v.dtype)
-        return self.o_proj(attend(self.layer, q, k, v, self.span).reshape(B, T, self.H * self.K))
+            q = (q * self.query_scale(positions_BT)[:, :, None, None]).to(dtype)
+        return q, k
 
     def query_scale(self, positions_BT: Tensor) -> Tensor:
         """The queries' temperature scale, float32 [B, T]: 1 up to position floor_scale - 2, then
@@ -190,26 +186,14 @@ class MoE(nn.Module):
         return (self.shared_expert(x_ND) + routed_ND).view_as(x_BTD)
 
 
-class Layer(nn.Module):
-    def __init__(self, config: Config, layer: int) -> None:
-        super().__init__()
-        D, F = config.hidden_size, config.intermediate_size_mlp
-        self.input_layernorm = RMSNorm(D, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = RMSNorm(D, config.rms_norm_eps)
-        self.feed_forward = MoE(config) if config.has_experts(layer) else SwiGLU(D, F)
-
-    def forward(self, x_BTD: Tensor, positions_BT: Tensor, rotation: tuple[Tensor, Tensor],
-                attend: Attend) -> Tensor:
-        h_BTD = self.input_layernorm(x_BTD)
-        x_BTD = x_BTD + self.self_attn(h_BTD, positions_BT, rotation, attend)
-        return x_BTD + self.feed_forward(self.post_attention_layernorm(x_BTD))
-
-
 class Text(decoder.Network):
     """The text model: all of a "llama4_text", the `language_model` of a "llama4"."""
 
-    layer = Layer
+    @staticmethod
+    def layer(config: Config, n: int) -> llama.Layer:
+        feed_forward = MoE(config) if config.has_experts(n) else SwiGLU(
+            config.hidden_size, config.intermediate_size_mlp)
+        return llama.Layer(config, Attention(config, n), feed_forward, "feed_forward")
 
 
 class Multimodal(decoder.Multimodal):

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from vicugna.errors import VicugnaError
 from vicugna.models import llama, mistral
-from vicugna.models.layers import decoder
-from vicugna.models.layers.attention import Attend
+from vicugna.models.layers import decoder, rope
 from vicugna.models.layers.mlp import SwiGLU
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0,
@@ -41,31 +40,31 @@ class Config(mistral.Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key in ("llama_4_scaling_beta", "original_max_position_embeddings"):
+        for key in ("llama_4_scaling_beta", rope.ORIGINAL):
             value = (self.rope_scaling or {}).get(key)
             if not isinstance(value, int | float) or value <= 0:
                 raise VicugnaError(f"{key} of rope_parameters is {value!r}", "config.json",
                                    "Ministral 3 needs YaRN with this key")
 
 
-class Layer(llama.Layer):
+class Attention(llama.Attention):
     """Queries are scaled by 1 + beta * log(1 + floor(position / original)), `original` being the
     context before YaRN (arXiv 2501.19399, as in Llama 4)."""
 
-    def __init__(self, config: mistral.Config, n: int) -> None:
-        super().__init__(config, llama.Attention(config, n, config.spans()[n]),
-                         SwiGLU(config.hidden_size, config.intermediate_size))
-        scaling = config.rope_scaling or {}
-        self.beta = scaling["llama_4_scaling_beta"]
-        self.original = scaling["original_max_position_embeddings"]
+    def __init__(self, config: mistral.Config, layer: int) -> None:
+        super().__init__(config, layer, config.spans()[layer])
+        self.scaling = config.rope_scaling or {}
 
-    def forward(self, x_BTD: Tensor, positions_BT: Tensor, rotation: tuple[Tensor, Tensor],
-                attend: Attend) -> Tensor:
-        scale_BT = 1 + self.beta * torch.log1p(torch.floor(positions_BT / self.original))
-        h_BTD = self.input_layernorm(x_BTD)
-        x_BTD = x_BTD + self.self_attn(h_BTD, rotation, attend, scale_BT)
-        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+    def embed_positions(self, q_BTHK: Tensor, k_BTGK: Tensor, positions_BT: Tensor,
+                        rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        beta, original = self.scaling["llama_4_scaling_beta"], self.scaling[rope.ORIGINAL]
+        scale_BT = 1 + beta * torch.log1p(torch.floor(positions_BT / original))
+        q, k = super().embed_positions(q_BTHK, k_BTGK, positions_BT, rotation)
+        return q * scale_BT[:, :, None, None].to(q.dtype), k
 
 
 class Network(decoder.Network):
-    layer = Layer
+    @staticmethod
+    def layer(config: mistral.Config, n: int) -> llama.Layer:
+        return llama.Layer(config, Attention(config, n),
+                           SwiGLU(config.hidden_size, config.intermediate_size))

@@ -11,12 +11,10 @@ from torch import Tensor, nn
 
 from vicugna.errors import VicugnaError
 from vicugna.models.layers import decoder
-from vicugna.models.layers.attention import Attend
 from vicugna.models.layers.config import Shape
 from vicugna.models.layers.mask import Span
 from vicugna.models.layers.moe import Experts, Router
-from vicugna.models.layers.norm import RMSNorm
-from vicugna.models.llama import Attention
+from vicugna.models.llama import Attention, Layer
 
 
 @dataclass(frozen=True)
@@ -65,19 +63,8 @@ class SparseMoe(nn.Module):
         return self.experts(x_ND, chosen_Nk, weight_Nk).view_as(x_BTD)
 
 
-class Layer(nn.Module):
-    def __init__(self, config: Config, layer: int) -> None:
-        super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer, Span(config.sliding_window))
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.block_sparse_moe = SparseMoe(config)
-
-    def forward(self, x_BTD: Tensor, positions_BT: Tensor, rotation: tuple[Tensor, Tensor],
-                attend: Attend) -> Tensor:
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotation, attend)
-        return x_BTD + self.block_sparse_moe(self.post_attention_layernorm(x_BTD))
-
-
 class Network(decoder.Network):
-    layer = Layer
+    @staticmethod
+    def layer(config: Config, n: int) -> Layer:
+        return Layer(config, Attention(config, n, Span(config.sliding_window)), SparseMoe(config),
+                     "block_sparse_moe")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vicugna.errors import VicugnaError
 from vicugna.models import llama
-from vicugna.models.layers import decoder, rope
+from vicugna.models.layers import decoder
 from vicugna.models.layers.attention import Attend
 from vicugna.models.layers.config import Shape
 from vicugna.models.layers.conv import CausalConv
@@ -69,18 +69,13 @@ class Attention(llama.Attention):
         if self.is_global:
             self.log_scale = nn.Parameter(torch.empty(self.H))
 
-    def forward(self, x_BTD: Tensor, positions_BT: Tensor,  # type: ignore[override]
-                rotation: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        B, T, _ = x_BTD.shape
-        q = self.q_norm(self.q_proj(x_BTD).view(B, T, self.H, self.K))
-        k = self.k_norm(self.k_proj(x_BTD).view(B, T, self.G, self.K))
-        v = self.v_proj(x_BTD).view(B, T, self.G, self.K)
-        if self.is_global:
-            scale = self.log_scale[:, None] * (positions_BT + 1).float().log()[:, :, None, None]
-            q = q * scale.to(q.dtype)
-        else:
-            q, k = rope.rotate(q, *rotation), rope.rotate(k, *rotation)
-        return self.o_proj(attend(self.layer, q, k, v, self.span).reshape(B, T, self.H * self.K))
+    def embed_positions(self, q_BTHK: Tensor, k_BTGK: Tensor, positions_BT: Tensor,
+                        rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        q, k = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
+        if not self.is_global:
+            return super().embed_positions(q, k, positions_BT, rotation)
+        scale = self.log_scale[:, None] * (positions_BT + 1).float().log()[:, :, None, None]
+        return q * scale.to(q.dtype), k
 
 
 class Layer(nn.Module):
