@@ -180,6 +180,14 @@ def test_arguments_that_are_other_text_stay_text(tok: Tokenizer, text: str) -> N
     assert render(made, [USER, call]) == json.dumps(text)
 
 
+def test_json_text_cannot_spell_a_special_token(tok: Tokenizer) -> None:
+    made = Tokenizer.of(tok.json, tok.config, "{{ messages[1].tool_calls[0].arguments | tojson }}")
+    for text in ('{"a": "<|eot_id|>"}', '{"a": "\\u003c|eot_id|>"}', '{"\\u003cthink>": 1}'):
+        calls = [{"name": "f", "arguments": text}]
+        ids = encode(made, [USER, {"role": "assistant", "content": "", "tool_calls": calls}])
+        assert tok.special_ids.isdisjoint(ids) and json.loads(tok.decode(ids)) == json.loads(text)
+
+
 def test_tools_must_be_objects(tok: Tokenizer) -> None:
     for tools in ("[]", ["add"], {"name": "add"}, [None]):
         with pytest.raises(VicugnaError, match="tools must be a list of objects"):

@@ -5,13 +5,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
-from vicugna.chat.messages import REASONING, Message
+from vicugna.chat.messages import REASONING, Message, calls_of, reasoning_of
 from vicugna.tokenizer import END_THINK, THINK
-
-
-def reasoning_of(message: Message) -> str:
-    """A message's reasoning, under whichever name; "" without any."""
-    return next((message[key] for key in REASONING if message.get(key)), "")
 
 
 def reasoning_apart(message: Message) -> Message:
@@ -38,14 +33,13 @@ def left_out(message: Message, turn: str) -> str | None:
             alone = reasoning and left_out({**message, **dict.fromkeys(REASONING)}, turn) is None
             return "reasoning" if text is reasoning or alone else "content"
         left = left.replace(found, "\0", 1) if found else left  # not to be found twice
-    for call in message.get("tool_calls") or []:
-        called = call.get("function", call)
-        arguments = called["arguments"]
+    for call in calls_of(message):
+        arguments = call["arguments"]
         if isinstance(arguments, str) and _squeezed(arguments) not in left:
             with suppress(ValueError):
                 arguments = json.loads(arguments)
         if not all(any(form in left for form in _forms(leaf))
-                   for leaf in (called["name"], *_leaves(arguments))):
+                   for leaf in (call["name"], *_leaves(arguments))):
             return "tool calls"
     return None
 

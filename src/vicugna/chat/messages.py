@@ -40,6 +40,16 @@ def image_parts(messages: list[Message]) -> dict[tuple[int, int], Message]:
             if isinstance(part, dict) and "image" in str(part.get("type"))}
 
 
+def reasoning_of(message: Message) -> str:
+    """A message's reasoning, under whichever name; "" without any."""
+    return next((message[key] for key in REASONING if message.get(key)), "")
+
+
+def calls_of(message: Message) -> list[dict[str, Any]]:
+    """A message's tool calls, each {"name": text, "arguments": an object or text}."""
+    return [call.get("function", call) for call in message.get("tool_calls") or []]
+
+
 def _problem(message: Any) -> str | None:
     if not isinstance(message, dict):
         return f"a message must be an object, not {type(message).__name__}"

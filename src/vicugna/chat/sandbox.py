@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from datetime import datetime
 from functools import lru_cache
-from typing import Any, Self
+from typing import Any
 
 import jinja2
 from jinja2 import filters, nodes, pass_eval_context
@@ -36,11 +36,6 @@ class JsonText(str):
     gives as JSON instead of encoding it a second time."""
 
     value: Any
-
-    def __new__(cls, text: str, value: Any) -> Self:
-        self = super().__new__(cls, text)
-        self.value = value
-        return self
 
     def items(self) -> Any:
         return self.value.items()
@@ -180,30 +175,24 @@ def _compiled(source: str) -> tuple[_Environment, jinja2.Template]:
         tree.set_environment(environment).set_lineno(1))
 
 
-def _with_json(value: Any, texts: dict[str, Any]) -> Any:
-    """Messages with calls' arguments as JsonTexts where `texts` has their values."""
-    if isinstance(value, list):
-        return [_with_json(item, texts) for item in value]
-    if not isinstance(value, dict):
-        return value
-    return {key: JsonText(item, texts[item]) if key == "arguments" and isinstance(item, str)
-            and item in texts else _with_json(item, texts) for key, item in value.items()}
-
-
 def _render(request: dict[str, Any]) -> str:
     environment, template = _compiled(request["source"])
-    environment.swaps = request["swaps"]
-    date = request["date"]
+    environment.swaps, date = request["swaps"], request["date"]
     environment.now = datetime.now() if date is None else datetime.fromisoformat(date)
     variables = request["variables"]
-    variables["messages"] = _with_json(variables["messages"], request["json_texts"])
-    pieces, left = list[str](), request["characters"]
-    for piece in template.generate(**variables):
-        left -= len(piece)
+    calls = [call.get("function", call) for message in variables["messages"]
+             for call in message.get("tool_calls") or []]
+    for call, value in zip(calls, request["arguments"], strict=False):
+        if value is not None:
+            call["arguments"] = JsonText(call["arguments"])
+            call["arguments"].value = value
+    written, left = list[str](), request["characters"]
+    for part in template.generate(**variables):
+        left -= len(part)
         if left < 0:
             raise SecurityError("it writes too much")
-        pieces.append(piece)
-    return "".join(pieces)
+        written.append(part)
+    return "".join(written)
 
 
 def _answers(requests: Iterator[bytes]) -> Iterator[dict[str, Any]]:

@@ -11,7 +11,15 @@ from itertools import chain
 from typing import Any
 
 from vicugna.chat import coverage
-from vicugna.chat.messages import REASONING, Message, check_messages, check_tools, is_parts
+from vicugna.chat.messages import (
+    REASONING,
+    Message,
+    calls_of,
+    check_messages,
+    check_tools,
+    is_parts,
+    reasoning_of,
+)
 from vicugna.chat.worker import WORKER
 from vicugna.errors import VicugnaError
 from vicugna.files import digest_of
@@ -129,17 +137,16 @@ def _mapped(value: Any, change: Callable[[str], Any]) -> Any:
 def _as_templates_expect(message: Message) -> Message:
     """Without null fields, and with the reasoning under all of its names."""
     message = {key: value for key, value in message.items() if value is not None}
-    reasoning = coverage.reasoning_of(message)
+    reasoning = reasoning_of(message)
     return {**message, **dict.fromkeys(REASONING, reasoning)} if reasoning else message
 
 
-def _json_texts(messages: list[Message]) -> Iterator[tuple[str, Any]]:
-    """Calls' arguments that are JSON text of an object, with that object."""
-    for call in (call for message in messages for call in message.get("tool_calls") or []):
-        text = call.get("function", call)["arguments"]
-        with suppress(ValueError, RecursionError):
-            if isinstance(text, str) and isinstance(value := json.loads(text), dict):
-                yield text, value
+def _json_object(text: str | dict[str, Any]) -> dict[str, Any] | None:
+    """The object that a call's arguments are JSON text of, if they are."""
+    with suppress(ValueError, RecursionError):
+        if isinstance(text, str) and isinstance(value := json.loads(text), dict):
+            return value
+    return None
 
 
 class _Rendering:
@@ -161,8 +168,10 @@ class _Rendering:
         check_messages(messages)
         check_tools(tools)
         messages = list(map(_as_templates_expect, messages))
+        values = [_json_object(call["arguments"])
+                  for message in messages for call in calls_of(message)]
         texts: list[str] = []
-        _mapped([messages, tools], texts.append)
+        _mapped([messages, tools, values], texts.append)
         text = "".join(texts)
         found = [part for part in _first_symbols(tuple(tokenizer.special_tokens)) if part in text]
         # Rare ideographs, as neither case nor Python's repr changes them.
@@ -171,11 +180,9 @@ class _Rendering:
         self._swaps = list(zip(found, free, strict=False))
         if len(self._swaps) < len(found):
             raise VicugnaError("every rare ideograph is in use", "messages", "Use fewer")
-        json_texts = {self._escape(text): _mapped(value, self._escape)
-                      for text, value in _json_texts(messages)}
-        self._messages, tools = _mapped([messages, tools], self._escape)
+        self._messages, tools, values = _mapped([messages, tools, values], self._escape)
         self._variables = {"tools": tools, "documents": None, **tokenizer.named_tokens}
-        self._render = partial(WORKER.render, source, swaps=self._swaps, json_texts=json_texts,
+        self._render = partial(WORKER.render, source, swaps=self._swaps, arguments=values,
                                date=date and date.isoformat())
 
     def _escape(self, text: str) -> str:
@@ -198,7 +205,7 @@ class _Rendering:
         """Write reasoning as <think>...</think>, tokens where there are such, before the content:
         for a template that has no place for it."""
         for index, message in enumerate(self._messages):
-            if not (reasoning := coverage.reasoning_of(message)):
+            if not (reasoning := reasoning_of(message)):
                 continue
             thought, content = f"{THINK}\n{reasoning}\n{END_THINK}\n\n", message.get("content")
             bare = {key: value for key, value in message.items() if key not in REASONING}

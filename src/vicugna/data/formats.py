@@ -6,61 +6,50 @@ import gzip
 import io
 import json
 import lzma
+import re
+import zlib
 from collections.abc import Callable, Iterator
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 from vicugna import files
 from vicugna.errors import VicugnaError
 
 Row = tuple[str, dict[str, Any]]  # where it stands, and its fields
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
-JSON_LINES, TABLES = (".jsonl", ".ndjson"), (".csv", ".tsv")
-TURNS = ("messages", "conversations", "conversation")  # the second and third are ShareGPT's
-PAIRS = (("prompt", "completion"), ("prompt", "response"), ("instruction", "output"),
-         ("instruction", "response"), ("question", "answer"))  # of the user and the assistant
-FIELDS = {"text", *TURNS, *(key for pair in PAIRS for key in pair)}  # of rows that are read
-# Files that are not text, and what to do with them.
-REFUSED = {
-    **dict.fromkeys((".zip", ".7z", ".rar", ".tar", ".tgz"), "Unpack it, and name the files in it"),
-    **dict.fromkeys((".arrow", ".feather", ".orc", ".avro", ".db", ".sqlite", ".pkl", ".pickle"),
-                    "Save it as Parquet or as JSON Lines (.jsonl)"),
-    **dict.fromkeys((".xlsx", ".xls", ".ods", ".numbers"), "Save it as CSV"),
-    **dict.fromkeys((".pdf", ".doc", ".docx", ".odt", ".epub"), "Save it as plain text"),
-    **dict.fromkeys((".lz4", ".lz", ".z"), "Decompress it, or use .gz, .bz2, .xz or .zst"),
-    **dict.fromkeys((".safetensors", ".gguf", ".bin", ".pt", ".npy", ".npz"),
-                    "Those are tensors; give text or chats")}
+REFUSED = (  # files that are not text
+    ".zip", ".7z", ".rar", ".tar", ".tgz", ".lz4", ".lz", ".z", ".arrow", ".feather", ".orc",
+    ".avro", ".db", ".sqlite", ".pkl", ".pickle", ".xlsx", ".xls", ".ods", ".numbers", ".pdf",
+    ".doc", ".docx", ".odt", ".epub", ".safetensors", ".gguf", ".bin", ".pt", ".npy", ".npz")
+_NOT_SPACE = re.compile(r"\S")
 
 
 def kind_of(path: Path) -> tuple[str, str]:
-    """A file's format and compression, as the ends of its name say in any case: ("jsonl", "gz").
+    """A file's format and compression, as the ends of its name say in any case: (".jsonl", ".gz").
     VicugnaError for one that is not read."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     compression = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSIONS else ""
     suffix = suffixes[-1] if suffixes else ""
-    if suffix in REFUSED:
-        raise VicugnaError(f"{suffix} files are not read", str(path), REFUSED[suffix])
-    if suffix == ".parquet" and compression:
-        raise VicugnaError("compressed Parquet is not read", str(path),
-                           "Decompress it: Parquet compresses its columns itself")
+    if suffix in REFUSED or (suffix == ".parquet" and compression):
+        raise VicugnaError(f"{suffix}{compression} files are not read", str(path),
+                           "Unpack it, or save it as .jsonl, .json, .csv, .parquet or plain text")
     return suffix, compression
 
 
-def is_plain_text(path: Path) -> bool:
-    """Whether a file is one document of plain text, not rows."""
-    return kind_of(path)[0] not in (*JSON_LINES, *TABLES, ".json", ".parquet")
-
-
-def rows(path: Path, columns: Callable[[list[str]], list[str]]) -> Iterator[Row]:
-    """The rows of a file that has some; `columns` chooses those of a Parquet file that are read.
-    VicugnaError, naming file and line, for what cannot be read."""
-    suffix, _ = kind_of(path)
-    if suffix == ".parquet":
-        return _parquet_rows(path, columns)
-    if suffix == ".json":
-        return _json_rows(path)
-    return _csv_rows(path) if suffix in TABLES else _json_lines(path, lines(path))
+def rows(path: Path, columns: Callable[[list[str]], list[str]]) -> Iterator[Row] | None:
+    """The rows of a file, or None if it is plain text; `columns` chooses those of a Parquet file
+    that are read. VicugnaError, naming file and line, for what cannot be read."""
+    match kind_of(path)[0]:
+        case ".parquet":
+            return _parquet_rows(path, columns)
+        case ".json":
+            return _json_rows(path)
+        case ".jsonl" | ".ndjson":
+            return _json_lines(path)
+        case ".csv" | ".tsv":
+            return _csv_rows(path)
+    return None
 
 
 def lines(path: Path) -> Iterator[str]:
@@ -68,37 +57,32 @@ def lines(path: Path) -> Iterator[str]:
     number = 1
     try:
         with _open(path) as file:
-            head = file.read(8192)
-            rest: IO[bytes] | chain[bytes] = chain(
-                io.BytesIO(head + file.readline()), file)
             # Of a binary file, whose first "line" may be huge, only the head is looked at.
-            for number, raw in enumerate(io.BytesIO(head) if b"\0" in head else rest, 1):
+            binary = b"\0" in (head := file.peek(8192))
+            for number, raw in enumerate(io.BytesIO(head) if binary else file, 1):
                 if b"\0" in raw:
                     raise VicugnaError("this is a binary file (it holds NUL bytes)",
                                        f"{path} line {number}", "Give UTF-8 text or .parquet")
-                if b"\0" not in head:
+                if not binary:
                     yield raw.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
         raise VicugnaError(f"not UTF-8 text (byte {error.start + 1} of the line)",
                            f"{path} line {number}", "Save it as UTF-8") from error
-    except (EOFError, lzma.LZMAError, gzip.BadGzipFile, ValueError) as error:
+    except (EOFError, lzma.LZMAError, zlib.error, ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise files.storage_error(error, path) from error
         raise VicugnaError(f"it cannot be decompressed: {error}", str(path),
                            "Compress or download it again") from error
-    except OSError as error:
-        if kind_of(path)[1] and error.errno is None:  # raised by a decompressor
-            raise VicugnaError(f"it cannot be decompressed: {error}", str(path),
-                               "Compress or download it again") from error
-        raise files.storage_error(error, path) from error
 
 
-def _open(path: Path) -> IO[bytes]:
+def _open(path: Path) -> Any:
     compression = kind_of(path)[1]
     if compression == ".zst":
         import pyarrow  # heavy
 
         return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
-    opener: Any = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}.get(compression, open)
-    return cast(IO[bytes], opener(path, "rb"))
+    openers: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    return openers.get(compression, open)(path, "rb")
 
 
 def _object(value: Any, where: str) -> Row:
@@ -107,43 +91,32 @@ def _object(value: Any, where: str) -> Row:
     return where, value
 
 
-def _json_lines(path: Path, given: Iterator[str]) -> Iterator[Row]:
-    for number, line in enumerate(given, 1):
+def _not_json(error: Exception, where: str) -> VicugnaError:
+    return VicugnaError(f"not valid JSON: {getattr(error, 'msg', error)}", where,
+                        "Correct the line")
+
+
+def _json_lines(path: Path) -> Iterator[Row]:
+    for number, line in enumerate(lines(path), 1):
         if line.strip():
             where = f"{path} line {number}"
             try:
                 yield _object(json.loads(line), where)
             except (RecursionError, ValueError) as error:
-                raise VicugnaError(f"not valid JSON: {getattr(error, 'msg', error)}", where,
-                                   "Correct the line") from error
+                raise _not_json(error, where) from error
 
 
 def _json_rows(path: Path) -> Iterator[Row]:
-    """Rows of a .json file: an array of objects, an object with one such array in it, an object
-    that is itself a row, or JSON Lines."""
-    text = "".join(lines(path))
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data":
-            yield from _json_lines(path, iter(text.split("\n")))
-            return
-        raise VicugnaError(f"not valid JSON: {error.msg}", f"{path} line {error.lineno}",
-                           "Correct the line") from error
-    except RecursionError as error:
-        raise VicugnaError("not valid JSON: it is nested too deeply", str(path),
-                           "Use JSON Lines (.jsonl)") from error
-    if isinstance(value, dict) and value.keys().isdisjoint(FIELDS):
-        inside = {key: rows for key, rows in value.items() if isinstance(rows, list) and rows
-                  and all(isinstance(row, dict) for row in rows)}
-        if len(inside) != 1:
-            raise VicugnaError("an object without one list of rows in it (there are: "
-                               f"{', '.join(value)[:200]})", str(path),
-                               "Save the rows as an array, or as JSON Lines (.jsonl)")
-        [value] = inside.values()
-    listed = value if isinstance(value, list) else [value]
-    for number, one in enumerate(listed, 1):
-        yield _object(one, f"{path} item {number}")
+    """Rows of a .json file: an array of objects, or objects one after another."""
+    text, at, numbers = "".join(lines(path)), 0, count(1)
+    while start := _NOT_SPACE.search(text, at):
+        try:
+            value, at = json.JSONDecoder().raw_decode(text, start.start())
+        except (RecursionError, ValueError) as error:
+            line = f" line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+            raise _not_json(error, f"{path}{line}") from error
+        for one in value if isinstance(value, list) else [value]:
+            yield _object(one, f"{path} item {next(numbers)}")
 
 
 def _csv_rows(path: Path) -> Iterator[Row]:
@@ -153,7 +126,7 @@ def _csv_rows(path: Path) -> Iterator[Row]:
     header = next(given, "")
     reader = csv.reader(chain([header], given), strict=True,
                         delimiter=max(",;\t", key=header.count))
-    limit = csv.field_size_limit(1 << 31 - 1)
+    csv.field_size_limit(1 << 30)  # a field may hold a whole chat
     try:
         names = next(reader, [])
         first = reader.line_num + 1
@@ -169,8 +142,6 @@ def _csv_rows(path: Path) -> Iterator[Row]:
     except csv.Error as error:
         raise VicugnaError(f"not valid CSV: {error}", f"{path} line {reader.line_num}",
                            "Put the field into double quotes, those in it doubled") from error
-    finally:
-        csv.field_size_limit(limit)
 
 
 def _parquet_rows(path: Path, columns: Callable[[list[str]], list[str]]) -> Iterator[Row]:

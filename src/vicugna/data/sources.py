@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from vicugna import files, tasks
 from vicugna.data import formats
-from vicugna.data.records import Chat, Text, to_document
+from vicugna.data.records import Chat, Text, columns, to_document
 from vicugna.errors import VicugnaError, did_you_mean
 
 STDLIB, TASK, HUB = "stdlib", "task:", "hf:"
@@ -137,9 +137,9 @@ def stdlib_files() -> list[Path]:
 
 
 def _read_file(path: Path, column: str | None) -> Iterator[Text | Chat]:
-    if formats.is_plain_text(path):
+    rows = formats.rows(path, lambda names: columns(names, column, str(path)))
+    if rows is None:
         return _text_chunks(path)
-    rows = formats.rows(path, lambda names: _columns(names, column, str(path)))
     return (to_document(row, column, where) for where, row in rows)
 
 
@@ -153,16 +153,6 @@ def _text_chunks(path: Path) -> Iterator[Text]:
         held += line
     if held:
         yield Text(held)
-
-
-def _columns(names: Sequence[str], column: str | None, where: str) -> list[str]:
-    """The columns of a table to read."""
-    used = {column} if column else formats.FIELDS | {"chosen", "rejected"}
-    if used.isdisjoint(names):
-        raise VicugnaError(f"no column {column or 'text or messages'} (there are: "
-                           f"{', '.join(names[:20])})", where, "Name one with column:")
-    beside = {"tools", "system", "input", "history", *(formats.FIELDS - {"text"} if column else ())}
-    return [name for name in names if name in used | beside]
 
 
 def _load_hub(spec: SourceSpec) -> Any:
@@ -180,6 +170,6 @@ def _load_hub(spec: SourceSpec) -> Any:
 
 def _hub_documents(spec: SourceSpec) -> Iterator[Text | Chat]:
     dataset = _load_hub(spec)
-    _columns(dataset.column_names, spec.column, spec.source)
+    columns(dataset.column_names, spec.column, spec.source)
     for number, row in enumerate(dataset, 1):
         yield to_document(formats.without_nulls(row), spec.column, f"{spec.source} row {number}")
