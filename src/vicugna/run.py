@@ -8,9 +8,8 @@ stays the same, whatever has become of its number or name. What an edited recipe
 moved aside, never deleted.
 """
 
-import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -122,7 +121,10 @@ def run_recipe(recipe: Recipe, folder: Path, ranks: Ranks, only: str | None = No
         torch.set_num_threads(recipe.threads)
     run = Run(recipe, folder, Ledger(folder.parent / "ledger.sqlite"), ranks)
     stages = recipe.stages if only is None else (recipe.stage(only),)
-    with _claimed(run):
+    with files.owned(folder) if ranks.first else nullcontext():
+        if ranks.first:
+            _open_folder(run)
+        ranks.wait()
         for stage in stages:
             _run_stage(run, stage, log)
             ranks.wait()
@@ -154,36 +156,22 @@ def _check_sources(specs: Sequence[data.SourceSpec], where: str) -> None:
             paths(spec)
 
 
-@contextmanager
-def _claimed(run: Run) -> Iterator[None]:
-    """Lock the run's folder for this process group, and store the recipe in it."""
-    if not run.ranks.first:
-        run.ranks.wait()
-        yield
-        return
-    with files.owned(run.folder):
-        files.sweep_temporaries(run.folder)
-        marker = run.folder / "run.json"
-        held = files.read_json(marker) if marker.exists() else {"format": FORMAT}
-        if held != {"format": FORMAT}:
-            raise VicugnaError(f"a run of {held}, not of format {FORMAT}", str(run.folder),
-                               "Choose another folder, or the version of vicugna that made it")
-        files.write_json(marker, {"format": FORMAT})
-        for stage in run.recipe.stages:
-            _renumber(run, stage.name)
-        text = yaml.safe_dump(run.recipe.model_dump(mode="json"), sort_keys=False)
-        files.write_text(run.folder / "recipe.yaml", text)
-        run.ranks.wait()
-        yield
-
-
-def _renumber(run: Run, name: str) -> None:
-    """Give the stage's folder, if there is one, the number that the stage has in this recipe."""
-    own = re.compile(rf"\d+-{re.escape(name)}")
-    found = sorted((path for path in run.folder.iterdir() if own.fullmatch(path.name)),
-                   key=lambda path: not (path / "stage.json").exists())
-    if found and not run.path(name).exists():
-        found[0].rename(run.path(name))
+def _open_folder(run: Run) -> None:
+    """Store the recipe in the run's folder, and number the stages' folders as in this recipe."""
+    files.sweep_temporaries(run.folder)
+    marker = run.folder / "run.json"
+    held = files.read_json(marker) if marker.exists() else {"format": FORMAT}
+    if held != {"format": FORMAT}:
+        raise VicugnaError(f"a run of {held}, not of format {FORMAT}", str(run.folder),
+                           "Choose another folder, or the version of vicugna that made it")
+    files.write_json(marker, {"format": FORMAT})
+    numbered = {name: path for path in run.folder.iterdir()
+                for number, _, name in [path.name.partition("-")] if number.isdigit()}
+    for stage in run.recipe.stages:
+        if stage.name in numbered and not run.path(stage.name).exists():
+            numbered[stage.name].rename(run.path(stage.name))
+    text = yaml.safe_dump(run.recipe.model_dump(mode="json"), sort_keys=False)
+    files.write_text(run.folder / "recipe.yaml", text)
 
 
 def _run_stage(run: Run, stage: AnyStage, log: Log) -> None:
@@ -298,14 +286,12 @@ def _train(run: Run, stage: TrainSpec | RlSpec, path: Path) -> Result:
 
 
 def _evaluate(run: Run, stage: EvalSpec, path: Path) -> Result:
-    digests = []
-    *compared, final = run.recipe.scored(stage)
-    for name in [*compared, final]:
+    digests, names = [], run.recipe.scored(stage)
+    for name in names:
         model = run.model(name)
-        fewer = stage.compare_groups if name != final else ()
-        plan = evals.build_plan([group for group in stage.groups
-                                 if not fewer or group["group"] in fewer],
-                                model.text_tokenizer(), run.recipe.date)
+        fewer = stage.compare_groups if name != names[-1] else ()
+        groups = [group for group in stage.groups if not fewer or group["group"] in fewer]
+        plan = evals.build_plan(groups, model.text_tokenizer(), run.recipe.date)
         digests.append(evaluate(model, plan, stage.batch, path / name, run.ledger,
                                 run.recipe.digest, run.folder.resolve().name,
                                 purpose=run.recipe.purpose(stage.name),

@@ -44,9 +44,17 @@ class Contents:
         self.folder, self.evidence = folder, folder / "evidence"
 
     @cached_property
-    def files(self) -> dict[str, dict[str, Any]]:
-        """Size and digest of the files that the manifest must name."""
-        return files_in(self.folder)[0]
+    def files(self) -> tuple[dict[str, dict[str, Any]], list[str]]:
+        return files_in(self.folder)
+
+    @cached_property
+    def stated(self) -> dict[str, Any]:
+        """What manifest.json says; VicugnaError if it is none."""
+        content = read_json(self.folder / MANIFEST)
+        if not isinstance(content, dict) or content.get("format") != 1 or "files" not in content:
+            raise VicugnaError("not a release's manifest of this version",
+                               str(self.folder / MANIFEST), "Check that this folder is a release")
+        return content
 
     @cached_property
     def evaluations(self) -> list[tuple[Results, list[dict[str, Any]]]]:
@@ -67,14 +75,6 @@ class Contents:
     def attempts(self) -> list[Attempt]:
         return attempts_in(self.rows)
 
-    @cached_property
-    def about(self) -> About:
-        return About(**read_json(self.evidence / "about.json"))
-
-    @cached_property
-    def recipe(self) -> str:
-        return (self.evidence / "recipe.yaml").read_text(encoding="utf-8")
-
 
 def card(release: Contents) -> str:
     """README.md of a release: every number is computed from the evidence. A pure function:
@@ -85,7 +85,9 @@ def card(release: Contents) -> str:
         format(value, form) if isinstance(value, int | float) else "not recorded")
     template = Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8")
     return environment.from_string(template).render(
-        about=release.about, config=release.model.config.to_dict(), recipe=release.recipe.strip(),
+        about=About(**read_json(release.evidence / "about.json")),
+        config=release.model.config.to_dict(),
+        recipe=(release.evidence / "recipe.yaml").read_text(encoding="utf-8").strip(),
         model_digest=release.model.digest, weak=WEAK,
         parameters=counts.parameters(release.model.network),
         context=release.model.config.context_length,
@@ -99,8 +101,7 @@ def manifest(release: Contents) -> dict[str, Any]:
     what = {"model_digest": release.model.digest,
             "results_digests": [results.digest for results, _ in release.evaluations],
             "recipe_digest": digest_file(release.evidence / "recipe.yaml")}
-    return {"format": 1, **what, "release_digest": digest_of(what),
-            "files": release.files}
+    return {"format": 1, **what, "release_digest": digest_of(what), "files": release.files[0]}
 
 
 def files_in(folder: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
@@ -123,12 +124,3 @@ def files_in(folder: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
             elif name != MANIFEST:
                 found[name] = {"sha256": digest_file(path), "size": path.stat().st_size}
     return found, ignored
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read manifest.json; VicugnaError if it is not one."""
-    content = read_json(folder / MANIFEST)
-    if not isinstance(content, dict) or content.get("format") != 1 or "files" not in content:
-        raise VicugnaError("not a release's manifest of this version", str(folder / MANIFEST),
-                           "Check that this folder is a release")
-    return content

@@ -10,18 +10,16 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import numpy as np
-import torch
 import yaml
 from markupsafe import Markup
 
-from vicugna import models
 from vicugna.errors import VicugnaError
 from vicugna.evals import PlannedItem, Results, Row, read_results
 from vicugna.evals.runner import make_item
@@ -80,28 +78,25 @@ def _page(run_folder: Path) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     with suppress(yaml.YAMLError):
         settings = _object(yaml.safe_load(text))
-    listed = settings.get("stages")
-    specs = {str(one.get("name")): one for one in map(_object, listed)} if isinstance(
-        listed, list) else {}
+    specs = {spec["name"]: spec for spec in settings.get("stages", ())}
     folders = _folders(run_folder, set(specs))
-    kinds = {name: specs.get(name, _read(path / "stage.json")).get("kind") or name
-             for name, path in folders.items()}
-    trained = max([finite(spec.get("sequence_length")) or 0 for spec in specs.values()], default=0)
-    released = [path / "release" for name, path in folders.items() if kinds[name] == "release"]
-    metrics = {name: _lines(path / "metrics.jsonl") for name, path in folders.items()}
-    scored = _scored(folders, kinds)
+    kinds = {name: specs[name]["kind"] if name in specs else name for name in folders}
     titles = {name: TITLES.get(kind, kind) + f" ({name})" * (kind != name)
               for name, kind in kinds.items()}
+    metrics = {name: _lines(path / "metrics.jsonl") for name, path in folders.items()}
+    scored = _scored(folders, kinds)
+    latest = list(folders.values())[::-1]
     return {
         "folder": run_folder.resolve().name, "recipe": text, "settings": settings,
-        "title": [spec.get("title") for spec in specs.values() if spec.get("title")][-1:],
-        "trained": trained, "scored": scored, "compared": _compared(scored), "metrics": metrics,
-        "curves": _curves(metrics, kinds, titles), "samples": _samples(scored), "titles": titles,
-        "kinds": kinds, "manifest": next((_read(path / "manifest.json") for path in released[::-1]
-                                          if (path / "manifest.json").exists()), {}),
-        "stages": {name: _read(path / "stage.json") for name, path in folders.items()},
-        "network": _network([*released[::-1], *(
-            path / "checkpoint" for path in reversed(folders.values()))])}
+        "title": [spec["title"] for spec in specs.values() if "title" in spec][-1:],
+        "trained": max((spec.get("sequence_length", 0) for spec in specs.values()), default=0),
+        "scored": scored, "compared": _compared(scored), "samples": _samples(scored),
+        "metrics": metrics, "curves": _curves(metrics, kinds, titles), "titles": titles,
+        "kinds": kinds, "stages": {name: _read(path / "stage.json")
+                                   for name, path in folders.items()},
+        "manifest": _first(path / "release" / "manifest.json" for path in latest),
+        "network": _network(_first(path / made / "config.json" for made in ("release", "checkpoint")
+                                   for path in latest))}
 
 
 def _folders(run_folder: Path, wanted: set[str]) -> dict[str, Path]:
@@ -135,14 +130,18 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _network(folders: Sequence[Path]) -> dict[str, Any]:
-    """config.json of the first folder that has one, and how many "parameters" that makes."""
-    for config in filter(None, (_read(folder / "config.json") for folder in folders)):
-        with torch.device("meta"):
-            network: Any = models.build(config)
-        return {**config, "parameters": counts.parameters(network),
-                "context_length": network.config.context_length}
-    return {}
+def _first(paths: Iterable[Path]) -> dict[str, Any]:
+    """The object in the first of these JSON files that is there."""
+    return next(filter(None, map(_read, paths)), {})
+
+
+def _network(config: dict[str, Any]) -> dict[str, Any]:
+    """config.json, and how many "parameters" and which "context_length" that makes."""
+    if not config:
+        return {}
+    network: Any = counts.shaped(config)
+    return {**config, "parameters": counts.parameters(network),
+            "context_length": network.config.context_length}
 
 
 def _scored(folders: Mapping[str, Path], kinds: Mapping[str, str]) -> list[Scored]:
@@ -151,8 +150,7 @@ def _scored(folders: Mapping[str, Path], kinds: Mapping[str, str]) -> list[Score
     found = [(path.parent.name, stage, path.parent) for stage, folder in folders.items()
              if kinds[stage] == "eval" for path in sorted(folder.glob("*/results.json"))]
     order, times = list(folders), Counter(name for name, _, _ in found)
-    found.sort(key=lambda one: (order.index(one[0]) if one[0] in order else -1,
-                                order.index(one[1])))
+    found.sort(key=lambda one: order.index(one[0]) if one[0] in order else -1)  # start is none
     return [(name if times[name] == 1 else f"{name}, {stage}", *read_results(path))
             for name, stage, path in found]
 

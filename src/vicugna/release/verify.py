@@ -19,7 +19,7 @@ from vicugna.evals import PlannedItem, Results
 from vicugna.evals.plan import split_batches
 from vicugna.evals.runner import LocalModel, Reply, make_item, run_batch, score_reply
 from vicugna.ledger import Attempt, intact, lineage
-from vicugna.release.contents import Contents, card, files_in, manifest, read_manifest
+from vicugna.release.contents import Contents, card, manifest
 
 AGREEMENT = 0.95  # least share of equal outcomes on another platform
 Progress = Callable[[int, int], None]
@@ -67,7 +67,7 @@ def evaluation_attempts(attempts: Sequence[Attempt], results: Results) -> list[A
 
 
 def _files(release: Contents) -> str:
-    stated, (found, ignored) = read_manifest(release.folder)["files"], files_in(release.folder)
+    stated, (found, ignored) = release.stated["files"], release.files
     for name in sorted({*stated, *found}):
         if name not in found:
             raise Refused("missing", name, "Connect to the network to fetch it"
@@ -81,7 +81,7 @@ def _files(release: Contents) -> str:
 def _model(release: Contents) -> str:
     """Reading the evaluations recomputes their tables from their items."""
     for tensor in checkpoint.survey(release.folder).stored.values():
-        if (name := tensor.file.relative_to(release.folder).as_posix()) not in release.files:
+        if (name := tensor.file.relative_to(release.folder).as_posix()) not in release.files[0]:
             raise Refused("weights are read from a file that is not in the manifest", name)
     digest = release.model.digest
     for results, _ in release.evaluations:
@@ -150,9 +150,9 @@ def _card(release: Contents) -> str:
 
 
 def _digest(release: Contents) -> str:
-    stated, expected = read_manifest(release.folder), manifest(release)
+    expected = manifest(release)
     for key in expected.keys() - {"files"}:
-        if stated.get(key) != expected[key]:
+        if release.stated.get(key) != expected[key]:
             raise Refused(f"{key} does not follow from weights, results and recipe")
     return str(expected["release_digest"])
 

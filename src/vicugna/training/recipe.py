@@ -333,10 +333,8 @@ def _override(values: dict[str, Any], setting: str) -> None:
         raise VicugnaError(f"unknown key {key!r}", "--set", f"Did you mean 'stages.{key}'?")
     target: Any = values
     for part in parents:
-        if isinstance(target, list):
-            target = target[_number(target, part, key)]
-        elif isinstance(target, dict):
-            target = target.setdefault(part, {})
+        target = (target[_number(target, part, key)] if isinstance(target, list) else
+                  target.setdefault(part, {}))
         if not isinstance(target, dict | list):
             raise VicugnaError(f"{part} in {key} has no keys below it", "--set",
                                "Check the key against the recipe")
@@ -363,13 +361,12 @@ def _number(stages: list[Any], name: str, key: str) -> int:
 def _refusal(error: ValidationError, values: dict[str, Any], path: str) -> VicugnaError:
     """The first thing that pydantic found wrong, with the stage's name in place of its number."""
     first = error.errors()[0]
-    location, kind = list(first["loc"]), first["type"]
+    location: list[Any] = list(first["loc"])
     spec: Any = Recipe
-    if location[:1] == ["stages"] and len(location) > 1:
-        stage = values["stages"][location[1]]
-        if isinstance(stage, dict) and location[2:]:
-            location[1:3] = [stage.get("name") or stage["kind"]]
-            spec = KINDS[stage["kind"]]
+    kind, within = first["type"], location[:-1]  # the keys from spec to it
+    if location[0] == "stages" and location[2:]:
+        _, number, tag, *within, _ = location
+        spec, location[1:3] = KINDS[tag], [values["stages"][number].get("name") or tag]
     key = ".".join(map(str, location))
     if kind == "union_tag_invalid":
         tag = first["ctx"]["tag"]
@@ -378,11 +375,10 @@ def _refusal(error: ValidationError, values: dict[str, Any], path: str) -> Vicug
         return VicugnaError(f"{key}: a stage without its kind", path,
                             f"Give the key kind: one of {', '.join(KINDS)}")
     if kind == "extra_forbidden":
-        for part in location[2 if spec is not Recipe else 0:-1]:
+        for part in within:
             if part in spec.model_fields:  # and not a number in a list
                 spec = spec.model_fields[part].annotation
                 spec = next(k for k in (spec, *get_args(spec)) if hasattr(k, "model_fields"))
         return VicugnaError(f"unknown key {key!r}", path,
                             did_you_mean(location[-1], spec.model_fields))
-    message = first["msg"].removeprefix("Value error, ")
-    return VicugnaError(f"{key}: {message}" if key else message, path, "Correct the recipe")
+    return VicugnaError(f"{key}: {first['msg']}", path, "Correct the recipe")

@@ -9,24 +9,28 @@ what was done in spite of them.
 import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from vicugna.errors import VicugnaError
-from vicugna.files import canonical, digest_of, disk_errors, printable
+import torch
+
+import vicugna
+from vicugna.errors import Refused, VicugnaError
+from vicugna.files import canonical, digest_file, digest_of, disk_errors, printable
+from vicugna.memory import peak_memory
 
 OUTCOMES = ("done", "failed", "refused", "interrupted")
 GENESIS = "0" * 64  # `previous` of the first row
 VERSION = 1
-SCHEMA = """
-CREATE TABLE rows (seq INTEGER PRIMARY KEY AUTOINCREMENT, previous TEXT NOT NULL,
-                   content TEXT NOT NULL, hash TEXT NOT NULL);
-CREATE TRIGGER no_update BEFORE UPDATE ON rows BEGIN SELECT RAISE(ABORT, 'append only'); END;
-CREATE TRIGGER no_delete BEFORE DELETE ON rows BEGIN SELECT RAISE(ABORT, 'append only'); END;
-"""
+SCHEMA = (
+    "CREATE TABLE rows (seq INTEGER PRIMARY KEY AUTOINCREMENT, previous TEXT NOT NULL, "
+    "content TEXT NOT NULL, hash TEXT NOT NULL)",
+    "CREATE TRIGGER no_update BEFORE UPDATE ON rows BEGIN SELECT RAISE(ABORT, 'append only'); END",
+    "CREATE TRIGGER no_delete BEFORE DELETE ON rows BEGIN SELECT RAISE(ABORT, 'append only'); END",
+    f"PRAGMA user_version = {VERSION}")
 
 
 @dataclass(frozen=True)
@@ -65,12 +69,10 @@ class Ledger:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._transaction() as db:
             (version,) = db.execute("PRAGMA user_version").fetchone()
-            tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master")}
-            if not version and not tables:
-                for statement in SCHEMA.strip().split(";\n"):
+            if not db.execute("SELECT * FROM sqlite_master").fetchone():
+                for statement in SCHEMA:
                     db.execute(statement)
-                db.execute(f"PRAGMA user_version = {VERSION}")
-            elif version != VERSION or "rows" not in tables:
+            elif version != VERSION:
                 raise VicugnaError("not a ledger of this version", str(self.path),
                                    "Choose another file, or the version that wrote it")
 
@@ -129,14 +131,42 @@ class Ledger:
     def _transaction(self, kind: str = "IMMEDIATE") -> Iterator[sqlite3.Connection]:
         try:
             with closing(sqlite3.connect(self.path, 60, isolation_level=None)) as db:
-                for statement in ("PRAGMA busy_timeout = 60000", "PRAGMA journal_mode = WAL",
-                                  "PRAGMA synchronous = FULL", f"BEGIN {kind}"):
-                    db.execute(statement)
+                db.execute("PRAGMA journal_mode = WAL")
+                db.execute("PRAGMA synchronous = FULL")
+                db.execute(f"BEGIN {kind}")
                 yield db  # an exception closes the connection, which rolls back
                 db.execute("COMMIT")
         except sqlite3.DatabaseError as error:
             raise VicugnaError(f"no usable SQLite file: {error}", str(self.path), "Check the disk, "
                                "permissions and other processes, or restore a copy") from error
+
+
+def code_version() -> str:
+    """The package's version and the digest of its source files."""
+    root = Path(vicugna.__file__).parent
+    digests = {str(path.relative_to(root)): digest_file(path) for path in root.rglob("*.py")}
+    return f"{vicugna.__version__}+{digest_of(digests)[:12]}"
+
+
+@contextmanager
+def recorded(ledger: Ledger, attempt: str, folder: Path) -> Iterator[None]:
+    """Close the attempt, if there is one, when the block does not end: as refused, failed or
+    interrupted. Where memory ran out, the error says what to lower."""
+    try:
+        yield
+    except BaseException as error:
+        outcome = ("refused" if isinstance(error, Refused) else
+                   "failed" if isinstance(error, Exception) else "interrupted")
+        with suppress(VicugnaError):  # it may be closed already, or its disk be full
+            if attempt:
+                message = printable(str(error))[:500]
+                ledger.close(attempt, outcome, peak_memory(), {"error": message})
+        exhausted = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if exhausted or "allocate memory" in str(error):
+            raise VicugnaError(
+                "memory ran out", str(folder), "Halve micro_rows (rows, when it is not set) or "
+                "sequence_length; in rl, prompts; in eval, batch") from error
+        raise
 
 
 def intact(row: Mapping[str, Any]) -> bool:
