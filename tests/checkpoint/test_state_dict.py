@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import vicugna
 from vicugna import checkpoint, models
-from vicugna.checkpoint import state_dict
+from vicugna.checkpoint import load
 from vicugna.checkpoint import stored as stored_tensors
 from vicugna.checkpoint.hf import weights
 from vicugna.checkpoint.names import ARCHITECTURES, Names
@@ -312,7 +312,7 @@ def test_fp8_without_a_quantization_config(tmp_path):
 def test_large_weights_are_checked_by_the_first_forward_pass(tmp_path, monkeypatch):
     save("llama", tmp_path / "m")
     at_once = vicugna.load(tmp_path / "m").logits([[3, 4, 5]])
-    monkeypatch.setattr(state_dict, "AT_ONCE", 0)
+    monkeypatch.setattr(load, "AT_ONCE", 0)
     model = vicugna.load(tmp_path / "m")
     looked = mock.Mock(wraps=stored_tensors._check)
     monkeypatch.setattr(stored_tensors, "_check", looked)
@@ -339,7 +339,6 @@ PEAKS = """
 import sys, torch
 from pathlib import Path
 from vicugna import checkpoint
-from vicugna.checkpoint import state_dict
 from vicugna.checkpoint.hf import weights
 from vicugna.checkpoint.stored import Mapped
 

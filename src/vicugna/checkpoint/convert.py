@@ -100,8 +100,8 @@ def convert(source: str | Path, target: str | Path, form: str | None = None,
     _check_target(found.folder, target, form)
     mapped = Mapped()
     losses = Losses(lossy, str(source), mapped.drop_pages)
-    network = state_dict.build(found.config, found.stored, str(found.folder))
-    parts, passthrough = state_dict.parts(network, found.stored, found.folder)
+    loaded = state_dict.Parts(state_dict.build(found), found)
+    parts, passthrough = loaded.by_name, loaded.passthrough
     if form == "gguf":
         _note_known(losses, found.config, dtype, len(passthrough))
         found, parts = writer.text_part(found, parts)

@@ -1,6 +1,7 @@
 """Load a checkpoint of any format, by whatever names it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,11 +14,13 @@ from vicugna.checkpoint.gguf import reader as gguf
 from vicugna.checkpoint.hf import directory
 from vicugna.checkpoint.meta import original as meta
 from vicugna.checkpoint.source import locate
+from vicugna.checkpoint.state_dict import Parts
 from vicugna.checkpoint.stored import Mapped
 from vicugna.checkpoint.stream import StoredTensors
 from vicugna.checkpoint.survey import Survey
 from vicugna.files import disk_errors
 
+AT_ONCE = 2**28  # bytes of weights; looking at all values of more takes most of the time to load
 # Per format: whether a path has it, and the reader. The first that recognises a path reads it.
 READERS: tuple[tuple[Callable[[Path], bool], Callable[[Path], Survey]], ...] = (
     (directory.recognises, directory.survey), (meta.recognises, meta.survey),
@@ -45,26 +48,33 @@ def read(path: str | Path, dtype: torch.dtype | None = torch.float32,
 
     Parameters become `dtype`; None keeps what is stored. Buffers keep the network's own dtype.
     Weights stay a private mapping of their files where neither dtype nor device changes; NaN in
-    large ones is reported when the network first runs. On the device "meta" there are none: see
-    Origin. Raises VicugnaError.
+    large ones is reported when the network first runs, is saved or digested. On the device "meta"
+    there are none: see Origin. Raises VicugnaError.
     """
-    found = survey(path)
+    found, device = survey(path), torch.device(device)
+    network, without_weights = state_dict.build(found), device.type == "meta"
+    parts = Parts(network, found)
+    large = sum(part.nbytes for part in found.stored.values()) > AT_ONCE
+    mapped = Mapped(later=large or without_weights)
     with disk_errors(path):
-        network = state_dict.build(found.config, found.stored, str(found.source))
-        if torch.device(device).type == "meta":
-            return _without_weights(network, found, dtype)
-        passthrough, check = state_dict.fill(network, found.stored, dtype, torch.device(device),
-                                             found.folder)
-    origin = Origin(found.config, found.tokenizer, found.files, passthrough, check)
+        if not without_weights:
+            state_dict.place(network, dict(parts.values(dtype, device, mapped)))
+            network.eval()
+        passthrough = {name: mapped.read([part], part.shape, part.kind, torch.device("cpu"))
+                       for name, part in parts.passthrough.items()}
+    origin = Origin(found.config, found.tokenizer, found.files, passthrough)
+    if without_weights:
+        origin = replace(origin, check=mapped.check, stream=partial(parts.streamed, dtype),
+                         stored=StoredTensors(parts, dtype))
+    elif mapped.unchecked:  # else the mappings of converted tensors may go
+        origin = replace(origin, check=mapped.check)
+        _check_first_run(network, mapped)
     return Checkpoint(network, found.tokenizer, found.generation_config, origin)
 
 
-def _without_weights(network: nn.Module, found: Survey, dtype: torch.dtype | None) -> Checkpoint:
-    _, extra = state_dict.parts(network, found.stored, found.folder)
-    mapped = Mapped(later=True)
-    passthrough = {name: mapped.read([part], part.shape, part.kind, torch.device("cpu"))
-                   for name, part in extra.items()}
-    origin = Origin(found.config, found.tokenizer, found.files, passthrough, mapped.check,
-                    partial(state_dict.streamed, network, found.stored, dtype, found.folder),
-                    StoredTensors(network, found, dtype))
-    return Checkpoint(network, found.tokenizer, found.generation_config, origin)
+def _check_first_run(network: nn.Module, mapped: Mapped) -> None:
+    def first_run(*_: object) -> None:
+        mapped.check()
+        hook.remove()
+
+    hook = network.register_forward_pre_hook(first_run)

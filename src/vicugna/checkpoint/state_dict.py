@@ -5,28 +5,28 @@ tensors that it does not compute with, which are passed through. See checkpoint/
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from vicugna import models
 from vicugna.checkpoint import names
 from vicugna.checkpoint.names import Names
 from vicugna.checkpoint.stored import Mapped, Stored, broken, short
+from vicugna.checkpoint.survey import Survey
 from vicugna.errors import VicugnaError
 from vicugna.files import disk_errors
 
 LAYERS, EXPERTS = 400, 2**16  # more would only take time, or memory
-AT_ONCE = 2**28  # bytes of weights; looking at all values of more takes most of the time to load
 
 
-def build(config: Mapping[str, Any], stored: Mapping[str, Stored], where: str) -> nn.Module:
+def build(found: Survey) -> nn.Module:
     """The network that config.json describes, without memory for its weights yet.
-    VicugnaError for a config that fits no network, or one far larger than `stored`."""
+    VicugnaError for a config that fits no network, or one far larger than what is stored."""
+    config, stored, where = found.config, found.stored, str(found.source)
     rows = max((tensor.shape[0] for tensor in stored.values() if tensor.shape), default=0)
     limits = {"num_hidden_layers": min(LAYERS, len(stored) // 4)} | dict.fromkeys(
         ("num_experts", "num_local_experts", "n_routed_experts"), min(EXPERTS, rows))
@@ -39,7 +39,7 @@ def build(config: Mapping[str, Any], stored: Mapping[str, Stored], where: str) -
         kind = config.get("model_type")
         module = models.architecture(kind)
         chosen = module.Config.from_dict(names.of(kind).normalise(config, stored))
-        with torch.device("meta"), _SkipInit():
+        with torch.device("meta"):
             return module.Network(chosen)
     except VicugnaError as error:
         raise VicugnaError(error.what, where, error.fix) from error
@@ -49,78 +49,78 @@ def build(config: Mapping[str, Any], stored: Mapping[str, Stored], where: str) -
         raise broken(f"no network can be built from it: {reason}", where) from error
 
 
-class _SkipInit(TorchFunctionMode):
-    """Skip initialisation: the checkpoint's values replace what it would draw."""
+class Parts:
+    """The stored tensors that make up a network of the checkpoint `found`: `made_of` has them for
+    each parameter and buffer, in order, and `passthrough` those that it does not compute with.
+    VicugnaError where names or shapes do not fit."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == "torch.nn.init" and "tensor" in kwargs:
-            return kwargs["tensor"]
-        return func(*args, **kwargs)
+    def __init__(self, network: Any, found: Survey) -> None:
+        self.network, self.folder, self.tied = network, found.folder, ties(network)
+        self.state, self.buffers = network.state_dict(), dict(network.named_buffers())
+        naming = names_of(network)
+        self.passthrough = {name: tensor for name, tensor in found.stored.items()
+                            if naming.passthrough(name, network.config)}
+        # A tied head may be stored too, and (before transformers 4.31) RoPE's frequencies.
+        stored = {name: tensor for name, tensor in found.stored.items()
+                  if name not in self.passthrough and not name.endswith("rotary_emb.inv_freq")}
+        for name, other in self.tied.items():  # safetensors' save_model keeps the head of the two
+            if name in stored and other not in stored:
+                stored[other] = stored.pop(name).renamed(other)
+        made_of: dict[str, list[str]] = {}
+        for name, tensor in self.state.items():
+            if name in stored or name not in self.tied:
+                # The names of more experts than there are tensors would only fill memory.
+                whole = name in stored or (tensor.dim() > 2 and len(tensor) > len(stored))
+                made_of[name] = (not whole and naming.of_experts(name, len(tensor))) or [name]
+        _compare({one: _shape(self.state[name], name, those) for name, those in made_of.items()
+                  for one in those}, stored, self.folder)
+        self.made_of = {name: [stored[one] for one in those] for name, those in made_of.items()}
 
+    @property
+    def by_name(self) -> dict[str, Stored]:
+        """The tensors that the network is made of (of tied ones one), by their names in files."""
+        return {part.name: part for name, those in self.made_of.items() if name not in self.tied
+                for part in those}
 
-def fill(network: Any, stored: Mapping[str, Stored], dtype: torch.dtype | None,
-         device: torch.device, where: str | Path
-         ) -> tuple[dict[str, Tensor], Callable[[], None]]:
-    """Load the tensors straight into a network on the meta device, as `values` gives them.
+    @property
+    def kinds(self) -> set[torch.dtype]:
+        """The dtypes that stand for those in which the parameters are stored."""
+        return {part.kind for name, those in self.made_of.items() if name not in self.buffers
+                for part in those}
 
-    Returns the pass-through tensors, as they are stored, on the CPU; and a check that raises
-    VicugnaError for values that are not finite in large weights that stay mapped. The network's
-    first forward pass calls it; who saves or digests it, and so reads all values anyway, does too.
-    VicugnaError where names or shapes do not fit, and for values that are not finite elsewhere.
-    """
-    mapped = Mapped(later=sum(part.nbytes for part in stored.values()) > AT_ONCE)
-    place(network, dict(values(network, stored, dtype, device, where, mapped)))
-    passthrough = {name: mapped.read([part], part.shape, part.kind, torch.device("cpu"))
-                   for name, part in parts(network, stored, where)[1].items()}
-    network.eval()
-    if not mapped.unchecked:
-        return passthrough, lambda: None  # and the mappings of converted tensors go
+    def values(self, dtype: torch.dtype | None, device: torch.device, mapped: Mapped
+               ) -> Iterator[tuple[str, Tensor]]:
+        """The network's parameters (of tied ones one) and buffers by name, each read by `mapped`
+        when its turn comes, in the order of the disk.
 
-    def first_run(*_: Any) -> None:
-        mapped.check()
-        hook.remove()
+        Parameters become `dtype`; None keeps what is stored. VicugnaError where they are stored in
+        several, and for values that are not finite.
+        """
+        if dtype is None and len(self.kinds) > 1:
+            raise VicugnaError("its weights are stored as "
+                               f"{' and '.join(sorted(map(str, self.kinds)))}", str(self.folder),
+                               "Load it as one of them: dtype='float32' or 'bfloat16'")
 
-    hook = network.register_forward_pre_hook(first_run)
-    return passthrough, mapped.check
+        def read(name: str) -> Tensor:
+            made_of, like = self.made_of[name], self.state[name]
+            kind = like.dtype if name in self.buffers else dtype or made_of[0].kind
+            return mapped.read(made_of, like.shape, kind, device)
 
+        for name in sorted(self.made_of, key=lambda name: (self.made_of[name][0].file,
+                                                           self.made_of[name][0].begin)):
+            if name not in self.tied:
+                yield name, read(name)
+            elif not torch.equal(read(name), read(self.tied[name])):
+                raise VicugnaError(f"{name} differs from the embeddings, but the config ties them",
+                                   str(self.folder), "Set tie_word_embeddings to false in it")
 
-def values(network: Any, stored: Mapping[str, Stored], dtype: torch.dtype | None,
-           device: torch.device, where: str | Path, mapped: Mapped) -> Iterator[tuple[str, Tensor]]:
-    """The network's parameters (of tied ones one) and buffers by name, each read by `mapped` when
-    its turn comes, in the order of the disk.
-
-    Parameters become `dtype`; None keeps what is stored. VicugnaError where names or shapes do not
-    fit, and for values that are not finite.
-    """
-    state, tied = network.state_dict(), ties(network)
-    made_of, _ = _parts(network, state, tied, stored, where)
-    parameters = {name for name, _ in network.named_parameters(remove_duplicate=False)}
-    kinds = {part.kind for name in made_of.keys() & parameters for part in made_of[name]}
-    if dtype is None and len(kinds) > 1:
-        raise VicugnaError(f"its weights are stored as {' and '.join(sorted(map(str, kinds)))}",
-                           str(where), "Load it as one of them: dtype='float32' or 'bfloat16'")
-
-    def read(name: str) -> Tensor:
-        kind = (dtype or made_of[name][0].kind) if name in parameters else state[name].dtype
-        return mapped.read(made_of[name], state[name].shape, kind, device)
-
-    for name in sorted(made_of, key=lambda name: (made_of[name][0].file, made_of[name][0].begin)):
-        if name not in tied:
-            yield name, read(name)
-        elif not torch.equal(read(name), read(tied[name])):
-            raise VicugnaError(f"{name} differs from the embeddings, but the config ties them",
-                               str(where), "Set tie_word_embeddings to false in it")
-
-
-def streamed(network: Any, stored: Mapping[str, Stored], dtype: torch.dtype | None,
-             where: str | Path) -> Iterator[tuple[str, Tensor]]:
-    """`values` on the CPU, each of which is valid until the next one is asked for."""
-    mapped = Mapped()
-    with disk_errors(where):
-        for name, tensor in values(network, stored, dtype, torch.device("cpu"), where, mapped):
-            yield name, tensor
-            mapped.drop_pages(tensor)
+    def streamed(self, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+        """`values` on the CPU, each of which is valid until the next one is asked for."""
+        mapped = Mapped()
+        with disk_errors(self.folder):
+            for name, tensor in self.values(dtype, torch.device("cpu"), mapped):
+                yield name, tensor
+                mapped.drop_pages(tensor)
 
 
 def place(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -134,40 +134,6 @@ def place(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     for name, other in tied.items():
         owner, _, last = name.rpartition(".")
         setattr(modules[owner], last, network.get_parameter(other))
-
-
-def parts(network: Any, stored: Mapping[str, Stored], where: str | Path
-          ) -> tuple[dict[str, Stored], dict[str, Stored]]:
-    """The tensors that `network` is made of (of tied ones one), and the pass-through ones, by their
-    names in files. VicugnaError where names or shapes do not fit."""
-    tied = ties(network)
-    made_of, passthrough = _parts(network, network.state_dict(), tied, stored, where)
-    return {part.name: part for name, those in made_of.items() if name not in tied
-            for part in those}, passthrough
-
-
-def _parts(network: Any, state: Mapping[str, Tensor], tied: Mapping[str, str],
-           stored: Mapping[str, Stored], where: str | Path
-           ) -> tuple[dict[str, list[Stored]], dict[str, Stored]]:
-    """What each parameter and buffer is made of, in order, and the pass-through tensors."""
-    naming = names_of(network)
-    passthrough = {name: tensor for name, tensor in stored.items()
-              if naming.passthrough(name, network.config)}
-    # A tied head may be stored too, and (before transformers 4.31) RoPE's frequencies.
-    stored = {name: tensor for name, tensor in stored.items()
-              if name not in passthrough and not name.endswith("rotary_emb.inv_freq")}
-    for name, other in tied.items():  # safetensors' save_model keeps the head of the two
-        if name in stored and other not in stored:
-            stored[other] = stored.pop(name).renamed(other)
-    made_of: dict[str, list[str]] = {}
-    for name, tensor in state.items():
-        if name in stored or name not in tied:
-            # The names of more experts than there are tensors would only fill memory.
-            whole = name in stored or (tensor.dim() > 2 and len(tensor) > len(stored))
-            made_of[name] = (not whole and naming.of_experts(name, len(tensor))) or [name]
-    _compare({one: _shape(state[name], name, those) for name, those in made_of.items()
-              for one in those}, stored, where)
-    return {name: [stored[one] for one in those] for name, those in made_of.items()}, passthrough
 
 
 def named_tensors(network: Any) -> dict[str, Tensor]:

@@ -1,60 +1,53 @@
 """The tensors of a checkpoint on disk, and its digest, in the memory of a few of them."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from vicugna.checkpoint import state_dict
 from vicugna.checkpoint.digest import digest
-from vicugna.checkpoint.stored import Mapped
+from vicugna.checkpoint.state_dict import Parts, names_of
+from vicugna.checkpoint.stored import Mapped, Stored
 from vicugna.checkpoint.survey import Survey
 from vicugna.files import disk_errors
 from vicugna.progress import Report
 
 
-def digest_stored(network: Any, found: Survey, report: Report) -> str | None:
+def digest_stored(parts: Parts, found: Survey, report: Report) -> str | None:
     """The digest that a model loaded in the dtypes it is stored in has; None where its parameters
     have several, in which it cannot be loaded.
 
-    `network` is of the survey's config and may be on the meta device; `report` is called with each
-    tensor's number and name. VicugnaError where names or shapes do not fit and for values that
-    are not finite.
+    `parts` are those of the survey, `report` is called with each tensor's number and name.
+    VicugnaError for values that are not finite.
     """
-    parts, _ = state_dict.parts(network, found.stored, found.folder)
-    buffers = dict(network.named_buffers())
-    if len({part.kind for name, part in parts.items() if name not in buffers}) > 1:
+    if len(parts.kinds) > 1:
         return None
     with disk_errors(found.folder):
-        tensors = StoredTensors(network, found, None, report)
-        return digest(tensors, network.config.to_dict(), found.tokenizer, found.generation_config)
+        return digest(StoredTensors(parts, None, report), parts.network.config.to_dict(),
+                      found.tokenizer, found.generation_config)
 
 
 class StoredTensors(Mapping[str, Tensor]):
     """What `Checkpoint.tensors` gives of a loaded network, whose parameters become `dtype` (None
     keeps what is stored); each is read when it is asked for."""
 
-    def __init__(self, network: Any, found: Survey, dtype: torch.dtype | None,
+    def __init__(self, parts: Parts, dtype: torch.dtype | None,
                  report: Report = lambda done, name: None) -> None:
-        parts, passthrough = state_dict.parts(network, found.stored, found.folder)
-        buffers = dict(network.named_buffers())
-        self._kinds = {name: buffers[name].dtype if name in buffers else dtype or part.kind
-                       for name, part in parts.items()}
-        self._kinds |= {name: part.kind for name, part in passthrough.items()}
-        self._parts, self._report, self._done = parts | passthrough, report, 0
-        # Experts that files hold stacked are named apart, as they are of a network.
-        naming = state_dict.names_of(network)
-        self._places = {name: (whole, n, len(names)) for whole, part in self._parts.items()
-                        for names in [naming.of_experts(whole, part.shape[0] if part.shape else 0)
-                                      or [whole]]
-                        for n, name in enumerate(names)}
+        self._report, self._done = report, 0
+        # Each name's tensor and dtype; where that is a stack of experts, which one of how many.
+        self._places: dict[str, tuple[Stored, torch.dtype, int, int]] = {}
+        naming = names_of(parts.network)
+        for name, part in parts.by_name.items():
+            buffer = parts.buffers.get(name)
+            kind = dtype or part.kind if buffer is None else buffer.dtype
+            ones = naming.of_experts(name, part.shape[0] if part.shape else 0) or [name]
+            self._places |= {one: (part, kind, n, len(ones)) for n, one in enumerate(ones)}
+        self._places |= {name: (part, part.kind, 0, 1) for name, part in parts.passthrough.items()}
 
     def __getitem__(self, name: str) -> Tensor:
-        whole, n, count = self._places[name]
-        part = self._parts[whole]
+        part, kind, n, count = self._places[name]
         # One mapping for each, so that its pages go when the tensor does.
-        tensor = Mapped().read([part], part.shape, self._kinds[whole], torch.device("cpu"))
+        tensor = Mapped().read([part], part.shape, kind, torch.device("cpu"))
         self._done += 1
         self._report(self._done, name)
         return tensor if count == 1 else tensor.reshape(count, -1, part.shape[-1])[n]

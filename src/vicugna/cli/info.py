@@ -19,16 +19,15 @@ def info(
 ) -> None:
     """Show architecture, sizes, dtypes, context, tokenizer and digest of MODEL."""
     from vicugna import checkpoint, progress
-    from vicugna.checkpoint import state_dict
+    from vicugna.checkpoint.state_dict import Parts, build
     from vicugna.checkpoint.stream import digest_stored
 
     found = checkpoint.survey(model)
-    network = state_dict.build(found.config, found.stored, str(found.folder))
-    parts, passthrough = state_dict.parts(network, found.stored, found.folder)
-    facts = _facts(found, network)
+    parts = Parts(build(found), found)
+    facts = _facts(found, parts.network)
     if digest:
-        with progress.bar("digest", len(parts) + len(passthrough)) as report:
-            facts["digest"] = digest_stored(network, found, report)
+        with progress.bar("digest", len(parts.by_name) + len(parts.passthrough)) as report:
+            facts["digest"] = digest_stored(parts, found, report)
     if as_json:
         output.as_json(facts)
     else:
