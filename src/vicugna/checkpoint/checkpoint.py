@@ -95,7 +95,6 @@ class Checkpoint:
         is not of a checkpoint.
         """
         tensors, origin = self.tensors() if tensors is None else tensors, self.origin
-        dtype = next(self.network.parameters()).dtype
         config, files = self.config.to_dict(), {}
         if origin is None:
             config |= {key: self.generation_config[key] for key in directory.TOKEN_IDS
@@ -104,5 +103,4 @@ class Checkpoint:
             before = type(self.config).from_dict(origin.config).to_dict()
             config = directory.updated(origin.config, before, config)
             files = origin.files if self.tokenizer is origin.tokenizer else {}
-        directory.write(folder, tensors, dtype, config, self.generation_config, self.tokenizer,
-                        files)
+        directory.write(folder, tensors, config, self.generation_config, self.tokenizer, files)

@@ -1,6 +1,5 @@
 """`vicugna convert`: a checkpoint in another format or dtype."""
 
-from contextlib import ExitStack
 from typing import Annotated
 
 import typer
@@ -21,13 +20,8 @@ def convert(
 ) -> None:
     """Convert checkpoint A to B: Hugging Face or GGUF, another dtype, quantised."""
     from vicugna.checkpoint.convert import convert
-    from vicugna.progress import Report, bar
 
-    with ExitStack() as stack:
-        def report(tensors: int) -> Report:
-            return stack.enter_context(bar("convert", tensors, wanted=not as_json))
-
-        done = convert(source, target, to, dtype, lossy, report)
+    done = convert(source, target, to, dtype, lossy, progress=not as_json)
     if as_json:
         output.as_json(done)
         return

@@ -74,34 +74,40 @@ def permuted(tensor: Tensor, heads: int, first: int = 0, back: bool = False) -> 
 
 
 @dataclass(frozen=True)
-class Group:
-    """Tensors of a file (`names`) and those of a folder that they are made of: one of several
-    experts, or several of one."""
+class Target:
+    """A tensor of a file, made of tensors of a folder (several are the experts of a stack): of what
+    `layout` makes of each, the one at `index`."""
 
-    names: Sequence[str]
-    sources: list[Stored]
+    name: str
+    index: int
     layout: Layout
+    sources: list[Stored]
+
+    def part(self, source: Tensor) -> Tensor:
+        """What it holds of a source."""
+        return self.layout.split(source)[self.index]
 
     @property
-    def shapes(self) -> list[tuple[int, ...]]:
-        """Those of the file's tensors."""
-        parts = self.layout.split(torch.empty(self.sources[0].shape, device="meta"))
-        stack = (len(self.sources),) if "_exps" in self.names[0] and parts[0].dim() < 3 else ()
-        return [stack + tuple(part.shape) for part in parts]
+    def shape(self) -> tuple[int, ...]:
+        part = self.part(torch.empty(self.sources[0].shape, device="meta"))
+        stack = (len(self.sources),) if "_exps" in self.name and part.dim() < 3 else ()
+        return stack + tuple(part.shape)
 
 
-def groups(config: Mapping[str, Any], tensors: Mapping[str, Stored]) -> list[Group]:
-    """All that a file of these tensors of a folder holds, in order. VicugnaError."""
-    found: dict[str, Group] = {}
+def targets(config: Mapping[str, Any], tensors: Mapping[str, Stored]) -> list[Target]:
+    """All that a file of these tensors of a folder holds, in order; those of the same source follow
+    each other. VicugnaError."""
+    found: dict[str, Target] = {}
     table, special = names.of(config["model_type"]).by_name, layouts(config)
     for name in sorted(tensors, key=_order):
         layer, general = _general(name)
         if not (parameter := table.get(general)) or not parameter.gguf:
             raise VicugnaError(f"GGUF has no name for tensor {short(name)}", "",
                                "Convert to a Hugging Face folder instead")
-        theirs = [one.replace("#", layer) for one in parameter.gguf]
-        found.setdefault(theirs[0], Group(theirs, [], special.get(_inner(general), PLAIN))
-                         ).sources.append(tensors[name])
+        layout = special.get(_inner(general), PLAIN)
+        for index, theirs in enumerate(one.replace("#", layer) for one in parameter.gguf):
+            found.setdefault(theirs, Target(theirs, index, layout, [])
+                             ).sources.append(tensors[name])
     return [*found.values()]
 
 

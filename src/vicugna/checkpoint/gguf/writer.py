@@ -9,7 +9,7 @@ What we write carries config.json and the tokenizer's files as keys of their own
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -17,14 +17,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from vicugna.checkpoint.conversion import Conversion
 from vicugna.checkpoint.gguf import file as ggml
 from vicugna.checkpoint.gguf import keys, vocabulary
 from vicugna.checkpoint.gguf.keys import ARCHITECTURES
-from vicugna.checkpoint.gguf.tensors import FREQUENCIES, Group, groups
+from vicugna.checkpoint.gguf.tensors import FREQUENCIES, Target, targets
 from vicugna.checkpoint.stored import Stored
 from vicugna.checkpoint.survey import Survey
+
+
+def note_losses(conversion: Conversion, config: Mapping[str, Any], dtype: str | None,
+                passthrough: int) -> None:
+    """Note what is lost in GGUF whatever the values are."""
+    for what in keys.lost(config):
+        conversion.note(what)
+    if passthrough:
+        conversion.note(f"{passthrough:,} tensors that the model does not compute with")
+    if dtype in ("q8_0", "q4_0"):
+        conversion.note(f"precision: {dtype} rounds the weights in blocks of 32")
 
 
 def text_part(found: Survey, tensors: Mapping[str, Stored]) -> tuple[Survey, dict[str, Stored]]:
@@ -39,68 +50,52 @@ def text_part(found: Survey, tensors: Mapping[str, Stored]) -> tuple[Survey, dic
 
 
 def write(path: Path, found: Survey, tensors: Mapping[str, Stored], dtype: str | None,
-          load: Callable[[Stored], Tensor], cast: Callable[..., Tensor], drop_pages: ggml.DropPages
-          ) -> None:
+          conversion: Conversion) -> None:
     """Write a checkpoint as a GGUF file: `tensors` are those of `found` to write, `dtype` one of
-    KINDS, or None to keep what is stored; `load` gives a tensor as it is stored, `cast` (as
-    `Losses.cast`) one in a dtype, `drop_pages` (as `Mapped.drop_pages`) is called with rows that
-    are no longer needed.
+    KINDS, or None to keep what is stored.
 
     Memory holds the largest tensor of the file. VicugnaError for what GGUF cannot represent.
     """
     gguf, config = ggml.package(), found.config
     factors, wanted = keys.rope_factors(config), ggml.KINDS.get(dtype or "")
-    planned = groups(config, tensors)
-    kinds = {name: _kind(name, shape, group.sources[0], wanted, config)
-             for group in planned for name, shape in zip(group.names, group.shapes, strict=True)}
+    planned = targets(config, tensors)
+    kinds = {target.name: _kind(target, wanted, config) for target in planned}
     described = _keys(found, kinds["token_embd.weight"] if wanted is None else wanted)
     with closing(gguf.GGUFWriter(path, ARCHITECTURES[config["model_type"]])) as writer:
         for key, value in described.items():
             writer.add_key_value(key, value, gguf.GGUFValueType(ggml.KEY_TYPES[type(value)]))
         if factors is not None:
             writer.add_tensor_info(FREQUENCIES, factors.shape, np.dtype("f4"), factors.nbytes)
-        for group in planned:
-            for name, shape in zip(group.names, group.shapes, strict=True):
-                values, size = gguf.GGML_QUANT_SIZES[kinds[name]]
-                writer.add_tensor_info(name, shape, np.dtype("f4"), math.prod(shape) // values
-                                       * size, gguf.GGMLQuantizationType(kinds[name]))
+        for target in planned:
+            values, size = gguf.GGML_QUANT_SIZES[kinds[target.name]]
+            writer.add_tensor_info(target.name, target.shape, np.dtype("f4"),
+                                   math.prod(target.shape) // values * size,
+                                   gguf.GGMLQuantizationType(kinds[target.name]))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         if factors is not None:
             writer.write_tensor_data(factors.numpy())
-        for group in planned:
-            for rows in _made(group, kinds, load, cast, drop_pages):
-                writer.write_tensor_data(rows)
+        for target in planned:
+            writer.write_tensor_data(_data(target, kinds[target.name], conversion))
 
 
-def _made(group: Group, kinds: Mapping[str, int], load: Callable[[Stored], Tensor],
-          cast: Callable[..., Tensor], drop_pages: ggml.DropPages) -> Iterator[np.ndarray]:
-    """The tensors of a group, one after the other; a source of several is loaded once."""
-    only = load(group.sources[0]) if group.names[1:] else None
-    for n, name in enumerate(group.names):
-        parts = (group.layout.split(load(source) if only is None else only)[n]
-                 for source in group.sources)
-        yield _bytes(parts, group.sources, kinds[name], cast, drop_pages)
-
-
-def _bytes(parts: Iterable[Tensor], sources: Sequence[Stored], kind: int,
-           cast: Callable[..., Tensor], drop_pages: ggml.DropPages) -> np.ndarray:
-    """A tensor of a file, made of parts of these sources. Matrices of a stack are turned into its
-    GGML type one by one: together they would take several times their memory."""
+def _data(target: Target, kind: int, conversion: Conversion) -> np.ndarray:
+    """The bytes of a tensor of a file. Matrices of a stack are turned into its GGML type one by
+    one: together they would take several times their memory."""
     whole = None
-    for n, (part, source) in enumerate(zip(parts, sources, strict=True)):
-        stacked = part.dim() == 3
-        blocks = part.unbind() if stacked else (part,)
+    for n, source in enumerate(target.sources):
+        part = target.part(conversion.read(source))
+        blocks = part.unbind() if part.dim() == 3 else (part,)
         for m, block in enumerate(blocks):
             single = torch.float32 if block.dtype == torch.float64 else block.dtype
-            values = cast(block, ggml.DTYPES.get(kind, single), source.name,
-                          f"[{m}]" if stacked else "")
-            rows = ggml.encode(values, kind, drop_pages)
-            if len(sources) == len(blocks) == 1:
+            values = conversion.cast(block, ggml.DTYPES.get(kind, single), source.name,
+                                     f"[{m}]" if part.dim() == 3 else "")
+            rows = ggml.encode(values, kind, conversion.drop_pages)
+            if len(target.sources) == len(blocks) == 1:
                 return rows
             if whole is None:
-                whole = np.empty((len(sources) * len(blocks), *rows.shape), rows.dtype)
+                whole = np.empty((len(target.sources) * len(blocks), *rows.shape), rows.dtype)
             whole[n * len(blocks) + m] = rows
     assert whole is not None  # there are sources, and no matrices of no rows
     return whole
@@ -120,14 +115,14 @@ def _keys(found: Survey, kind: int) -> dict[str, Any]:
     return {key: value for key, value in described.items() if value != []}
 
 
-def _kind(name: str, shape: Sequence[int], source: Stored, wanted: int | None,
-          config: Mapping[str, Any]) -> int:
+def _kind(target: Target, wanted: int | None, config: Mapping[str, Any]) -> int:
     """The GGML type of a tensor, as llama.cpp's converter and quantiser choose it. What they give
     Q6_K, which the package cannot write, is ggml.Q8_0 here."""
+    name, shape = target.name, target.shape
     if len(shape) < 2 or name.endswith("_norm.weight") or "ffn_gate_inp" in name:
         return ggml.F32
     if wanted is None:
-        return ggml.KIND_OF.get(source.kind, ggml.F32)
+        return ggml.KIND_OF.get(target.sources[0].kind, ggml.F32)
     if wanted in ggml.DTYPES:
         return wanted
     if shape[-1] % 32:  # rows that do not fill blocks

@@ -119,16 +119,6 @@ def _scan(folder: Path) -> dict[str, Stored]:
     return found
 
 
-def write_tensors(folder: str | Path, found: Survey, tensors: Mapping[str, Stored]) -> None:
-    """As `write`, for the checkpoint `found` with these tensors in place of its own: each is read
-    when its turn comes. The dtype of most of them stands in config.json."""
-    sizes: Counter[torch.dtype] = Counter()
-    for tensor in tensors.values():
-        sizes[tensor.dtype] += tensor.nbytes
-    write(folder, tensors, sizes.most_common(1)[0][0], found.config, found.generation_config,
-          found.tokenizer, found.files)
-
-
 def updated(original: dict[str, Any], before: dict[str, Any], now: dict[str, Any]
             ) -> dict[str, Any]:
     """config.json as it was, with the values that changed in the config that was parsed from it."""
@@ -143,13 +133,14 @@ def updated(original: dict[str, Any], before: dict[str, Any], now: dict[str, Any
     return original | changed
 
 
-def write(folder: str | Path, tensors: Mapping[str, Tensor | Stored], dtype: torch.dtype,
-          config: Mapping[str, Any], generation_config: Mapping[str, Any],
-          tokenizer: Tokenizer | None, files: Mapping[str, bytes]) -> None:
+def write(folder: str | Path, tensors: Mapping[str, Tensor | Stored], config: Mapping[str, Any],
+          generation_config: Mapping[str, Any], tokenizer: Tokenizer | None,
+          files: Mapping[str, bytes]) -> None:
     """Write a checkpoint into `folder`, whole or not at all, replacing a checkpoint there.
 
-    The same model gives the same bytes. The tokenizer's files are `files`, if tokenizer.json is one
-    of them, or else those that Tokenizer.save writes.
+    The same model gives the same bytes; the dtype of most of them stands in config.json. The
+    tokenizer's files are `files`, if tokenizer.json is one of them, or else those that
+    Tokenizer.save writes.
     """
     folder = Path(os.path.expanduser(folder)).resolve()
     with disk_errors(folder):
@@ -160,7 +151,10 @@ def write(folder: str | Path, tensors: Mapping[str, Tensor | Stored], dtype: tor
         raise VicugnaError(f"the folder holds {min(others)}, which is not part of a checkpoint and "
                            "would be lost", str(folder), "Choose another folder")
     # Weights are written in full, and no code is copied but our own.
-    name = name_of(dtype)
+    sizes: Counter[torch.dtype] = Counter()
+    for tensor in tensors.values():
+        sizes[tensor.dtype] += tensor.nbytes
+    name = name_of(sizes.most_common(1)[0][0])
     config = _with_dtype({key: value for key, value in config.items() if key not in (
         "quantization_config", "auto_map")}, name) | {"dtype": name, "torch_dtype": name}
     # Architectures that transformers does not know come with a thin file over this package.
