@@ -84,6 +84,7 @@ class Config(Shape):
         for field in fields(self):
             if field.type is int or (field.name == "q_lora_rank" and self.q_lora_rank is not None):
                 self.at_least(field.name, 0 if field.name in MAY_BE_ZERO else 1)
+        self.check_experts("n_routed_experts")
         E, J = self.n_routed_experts, self.n_group
         for name, fine, fact in (
                 ("num_key_value_heads", self.num_key_value_heads == self.num_attention_heads,
@@ -93,7 +94,6 @@ class Config(Shape):
                 ("n_group", E % J == 0 and E >= 2 * J, f"n_routed_experts is {E}: groups must be "
                  "of equal size, two or more"),
                 ("topk_group", self.topk_group <= J, f"n_group is {J}"),
-                ("num_experts_per_tok", self.num_experts_per_tok <= E, f"n_routed_experts is {E}"),
                 *((name, getattr(self, name) in (None, value), f"only {value!r} is supported")
                   for name, value in ONLY.items())):
             if not fine:

@@ -95,9 +95,7 @@ class Config(Shape):
         chunk = self.attention_chunk_size
         if chunk is not None and chunk < 1:
             raise _wrong("attention_chunk_size", chunk, "It must be at least 1, or null")
-        if self.num_experts_per_tok > self.num_local_experts:
-            raise _wrong("num_experts_per_tok", self.num_experts_per_tok,
-                         f"There are {self.num_local_experts} experts (num_local_experts)")
+        self.check_experts("num_local_experts")
         for name, known in (("no_rope_layers", (0, 1)), ("layer_types", (CHUNKED, FULL))):
             listed, N = getattr(self, name), self.num_hidden_layers
             if listed and (len(listed) < N or any(kind not in known for kind in listed)):
@@ -200,9 +198,7 @@ class Multimodal(decoder.Multimodal):
     """`hidden_BTD = network(tokens_BT, positions_BT, attend, images)`: text with images in it."""
 
     def __init__(self, config: Config, vision: VisionConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.language_model = Text(config)
+        super().__init__(config, Text(config))
         self.vision_model = VisionModel(vision)
         self.multi_modal_projector = nn.ModuleDict({
             "linear_1": nn.Linear(vision.vision_output_dim, config.hidden_size, bias=False)})
@@ -224,7 +220,7 @@ class Multimodal(decoder.Multimodal):
         if images is not None:
             features_MD = self.encode_images(images)
         if features_MD is None:
-            return self.language_model(tokens_BT, positions_BT, attend)
+            return super().forward(tokens_BT, positions_BT, attend)
         index = self.config.image_token_index
         is_image_BT = tokens_BT == index
         if (count := int(is_image_BT.sum())) != len(features_MD):

@@ -8,12 +8,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
-from torch import Tensor
-
 from vicugna.errors import VicugnaError
 from vicugna.models import ministral3, mistral
 from vicugna.models.layers import decoder
-from vicugna.models.layers.attention import Attend
 
 TEXTS = {"mistral": mistral, "ministral3": ministral3}
 IMAGE_KEYS = ("vision_config", "image_token_index", "multimodal_projector_bias",
@@ -57,12 +54,7 @@ class Network(decoder.Multimodal):
     """As `decoder.Network`: text only."""
 
     def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.config = config
-        self.language_model = TEXTS[config.model_type].Network(config)
-
-    def forward(self, tokens_BT: Tensor, positions_BT: Tensor, attend: Attend) -> Tensor:
-        return self.language_model(tokens_BT, positions_BT, attend)
+        super().__init__(config, TEXTS[config.model_type].Network(config))
 
 
 def vision_parameters(config: Config) -> int:

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vicugna.errors import VicugnaError
 from vicugna.models.layers import decoder
 from vicugna.models.layers.config import Shape
 from vicugna.models.layers.mask import Span
@@ -40,9 +39,7 @@ class Config(Shape):
         super().__post_init__()
         if self.sliding_window is not None:
             self.at_least("sliding_window", 1)
-        if not 1 <= self.num_experts_per_tok <= self.num_local_experts:
-            raise VicugnaError(f"num_experts_per_tok is {self.num_experts_per_tok}", "config.json",
-                               f"It must be from 1 to num_local_experts ({self.num_local_experts})")
+        self.check_experts("num_local_experts")
 
     def to_dict(self) -> dict[str, Any]:
         """config.json's content."""

@@ -34,11 +34,10 @@ class Config(Shape):
 
     def spans(self) -> list[Span]:
         """How each layer attends."""
-        window, layers = self.sliding_window if self.use_sliding_window else None, range(
-            self.num_hidden_layers)
+        window = self.sliding_window if self.use_sliding_window else None
         kinds = self.layer_types or [
             "full_attention" if window is None or layer < self.max_window_layers
-            else "sliding_attention" for layer in layers]
+            else "sliding_attention" for layer in range(self.num_hidden_layers)]
         return spans(kinds, window, self.num_hidden_layers)
 
     def to_dict(self) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vicugna.errors import VicugnaError
 from vicugna.models import llama
 from vicugna.models.layers import decoder
 from vicugna.models.layers.attention import Attend
@@ -46,9 +45,8 @@ class Config(Shape):
         for name, least in (("sliding_window", 1), ("global_every", 2), ("conv_width", 1),
                             ("num_experts", 0)):
             self.at_least(name, least)
-        if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
-            raise VicugnaError(f"num_experts_per_tok is {self.num_experts_per_tok}", "config.json",
-                               f"It must lie between 1 and num_experts ({self.num_experts})")
+        if self.num_experts:
+            self.check_experts("num_experts")
 
     def is_global(self, layer: int) -> bool:
         """Whether `layer` attends to every earlier position."""

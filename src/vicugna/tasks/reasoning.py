@@ -2,7 +2,7 @@
 
 chain_sum, number_sorting, number_filtering, spell_backward and word_sequence_reversal are families
 of reasoning-gym (Stojanovski et al. 2025) with generators, worked solutions and exact verifiers of
-our own; the package itself is an extra (`vicugna.tasks.gym`).
+our own; the package itself is an extra (tasks/reasoning_gym.py).
 """
 
 from collections.abc import Callable

@@ -15,7 +15,7 @@ from random import Random
 from typing import Any
 
 from vicugna.errors import VicugnaError, did_you_mean
-from vicugna.tasks.task import Difficulty, Item, Problem, make_item, rejection_sample
+from vicugna.tasks.task import Difficulty, Item, Problem, lines_of, make_item, rejection_sample
 
 PREFIX = "reasoning_gym."
 _SIZE = 10_000  # instances of a dataset at one difficulty; some make all of them at the start
@@ -94,8 +94,8 @@ class ReasoningGym:
 
     def score(self, item: Item, response: str) -> float:
         """1.0 when the last lines, as many as the answer has, are right; no partial marks."""
-        wanted = _lines(item.answer)
-        given = _lines(response)[-len(wanted):]
+        wanted = lines_of(item.answer)
+        given = lines_of(response)[-len(wanted):]
         if given == wanted or self.name.removeprefix(PREFIX) not in _VERIFIERS:
             return float(given == wanted)
         answer = "\n".join(given)
@@ -124,8 +124,3 @@ def _dataset(name: str, depth: int) -> Any:
     except AssertionError as error:
         raise VicugnaError(f"it refuses its own settings at depth {depth} ({error})", PREFIX + name,
                            "Use a smaller depth") from error
-
-
-def _lines(text: str) -> list[str]:
-    """The lines that are not blank, with runs of white space made single spaces."""
-    return [" ".join(line.split()) for line in text.splitlines() if line.strip()]

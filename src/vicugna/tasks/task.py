@@ -136,7 +136,11 @@ def make_item(task: str, seed: int, difficulty: Difficulty, problem: Problem,
                 problem.answer, solution, metadata)
 
 
+def lines_of(text: str) -> list[str]:
+    """The lines that are not blank, with runs of white space made single spaces."""
+    return [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+
+
 def final_line(response: str) -> str:
-    """The last line that is not blank, with runs of white space made single spaces."""
-    lines = [line for line in response.splitlines() if line.strip()]
-    return " ".join(lines[-1].split()) if lines else ""
+    """The last of `lines_of` a response, "" if there is none."""
+    return "".join(lines_of(response)[-1:])

@@ -92,6 +92,13 @@ class Shape:
             raise VicugnaError(f"{name} is {getattr(self, name)}", "config.json",
                                f"It must be at least {least}")
 
+    def check_experts(self, experts: str) -> None:
+        """Raise VicugnaError if num_experts_per_tok is not from 1 to the field `experts`."""
+        chosen, most = (getattr(self, name) for name in ("num_experts_per_tok", experts))
+        if not 1 <= chosen <= most:
+            raise VicugnaError(f"num_experts_per_tok is {chosen}", "config.json",
+                               f"It must be from 1 to {experts} ({most})")
+
 
 def rope_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     """`rope_theta` and `rope_scaling` (None, or what `rope.inverse_frequencies` takes) of a

@@ -75,7 +75,14 @@ class Network(nn.Module):
 class Multimodal(nn.Module):
     """A network around a text model, `language_model`, whose decoder and head it exposes."""
 
-    language_model: Network
+    def __init__(self, config: Any, language_model: Network) -> None:
+        super().__init__()
+        self.config = config
+        self.language_model = language_model
+
+    def forward(self, tokens_BT: Tensor, positions_BT: Tensor, attend: Attend) -> Tensor:
+        """As `Network`, text only."""
+        return self.language_model(tokens_BT, positions_BT, attend)
 
     @property
     def model(self) -> Decoder:

@@ -89,10 +89,8 @@ class Experts(nn.Module):
 
     def forward(self, x_ND: Tensor, chosen_Nk: Tensor, weight_Nk: Tensor,
                 weigh_input: bool = False) -> Tensor:
-        gate_up, down = self.gate_up_proj, self.down_proj
-        if self.transposed:
-            return routed(x_ND, chosen_Nk, weight_Nk, gate_up.transpose(1, 2),
-                          down.transpose(1, 2), weigh_input)
+        gate_up, down = (w.transpose(1, 2) if self.transposed else w
+                         for w in (self.gate_up_proj, self.down_proj))
         return routed(x_ND, chosen_Nk, weight_Nk, gate_up, down, weigh_input)
 
 
