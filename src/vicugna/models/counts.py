@@ -138,9 +138,7 @@ class _ShapeRecorder:
 
     def __init__(self, has_kv_cache: bool) -> None:
         self.has_kv_cache = has_kv_cache
-        self.flops: list[int] = []
-        self.cache_elements: list[int] = []
-        self.spans: list[Span] = []
+        self.layers: list[tuple[Span, int, int]] = []  # span, FLOPs and elements of each key
 
     def conv_state(self, layer: int, x_BTD: Tensor, n: int) -> Tensor:
         return x_BTD.new_zeros(x_BTD.shape[0], n, x_BTD.shape[2])
@@ -148,12 +146,10 @@ class _ShapeRecorder:
     def __call__(self, layer: int, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor | None,
                  span: Span) -> Tensor:
         H, K = q_BTHK.shape[2:]
-        values_BTGK = k_BTGK if v_BTGK is None else v_BTGK
-        self.spans.append(span)
-        self.flops.append(2 * H * (K + values_BTGK.shape[3]))
-        self.cache_elements.append(
-            k_BTGK[0, 0].numel() + (0 if v_BTGK is None else v_BTGK[0, 0].numel()))
-        return q_BTHK.new_empty(*q_BTHK.shape[:3], values_BTGK.shape[3])
+        cached = [k_BTGK] if v_BTGK is None else [k_BTGK, v_BTGK]
+        U = cached[-1].shape[3]
+        self.layers.append((span, 2 * H * (K + U), _size(x[0, 0] for x in cached)))
+        return q_BTHK.new_empty(*q_BTHK.shape[:3], U)
 
 
 def _layers(network: Any) -> tuple[LayerCost, ...]:
@@ -169,4 +165,5 @@ def _layers(network: Any) -> tuple[LayerCost, ...]:
     with torch.no_grad(), torch.device("meta"):  # RoPE's frequencies too are only shapes
         network(token, token, dense)
         network(token, token, cached)
-    return tuple(map(LayerCost, dense.spans, dense.flops, cached.flops, cached.cache_elements))
+    return tuple(LayerCost(span, flops, *costs)
+                 for (span, flops, _), (_, *costs) in zip(dense.layers, cached.layers, strict=True))

@@ -6,7 +6,7 @@ expert.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 import torch
@@ -27,7 +27,6 @@ LATENT_EPS = 1e-6  # of the norms of latents, whatever rms_norm_eps says
 ALIASES = {"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"}
 ONLY = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1}  # supported
 OFF = ("norm_topk_prob", "rope_interleave")  # null means false
-MAY_BE_ZERO = ("first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers")
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,8 @@ class Config(Shape):
     The first `first_k_dense_replace` layers have a feed-forward of width `intermediate_size`, the
     others experts of width `moe_intermediate_size`.
     """
+
+    MAY_BE_ZERO = ("first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers")
 
     vocab_size: int = 129280
     hidden_size: int = 7168
@@ -81,9 +82,7 @@ class Config(Shape):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field in fields(self):
-            if field.type is int or (field.name == "q_lora_rank" and self.q_lora_rank is not None):
-                self.at_least(field.name, 0 if field.name in MAY_BE_ZERO else 1)
+        self.at_least("q_lora_rank", 1)
         self.check_experts("n_routed_experts")
         E, J = self.n_routed_experts, self.n_group
         for name, fine, fact in (

@@ -9,7 +9,7 @@ Parameter names are those of Hugging Face's Llama4ForConditionalGeneration, and 
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 import torch
@@ -38,6 +38,8 @@ class Config(Shape):
     Lists say of each layer whether it has RoPE (1) or not (0), how it attends, and which layers
     have experts; without them, intervals do. Without an `attention_chunk_size` all attend fully.
     """
+
+    MAY_BE_ZERO = IMAGE_KEYS
 
     vocab_size: int = 202048
     hidden_size: int = 5120
@@ -89,12 +91,7 @@ class Config(Shape):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field in fields(self):
-            if field.type is int:
-                self.at_least(field.name, 0 if field.name in IMAGE_KEYS else 1)
-        chunk = self.attention_chunk_size
-        if chunk is not None and chunk < 1:
-            raise _wrong("attention_chunk_size", chunk, "It must be at least 1, or null")
+        self.at_least("attention_chunk_size", 1)
         self.check_experts("num_local_experts")
         for name, known in (("no_rope_layers", (0, 1)), ("layer_types", (CHUNKED, FULL))):
             listed, N = getattr(self, name), self.num_hidden_layers

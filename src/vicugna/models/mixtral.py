@@ -37,8 +37,7 @@ class Config(Shape):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.sliding_window is not None:
-            self.at_least("sliding_window", 1)
+        self.at_least("sliding_window", 1)
         self.check_experts("num_local_experts")
 
     def to_dict(self) -> dict[str, Any]:

@@ -21,6 +21,8 @@ class Config(Shape):
     those that `layer_types` names, have a sliding window.
     """
 
+    MAY_BE_ZERO = ("max_window_layers",)
+
     max_position_embeddings: int = 32768
     rope_scaling: dict[str, Any] | None = None
     use_sliding_window: bool = False

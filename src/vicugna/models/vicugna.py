@@ -32,6 +32,8 @@ class Config(Shape):
     Layer n is global when n % global_every == global_every - 2 (with 4: the 3rd, 7th, ...).
     """
 
+    MAY_BE_ZERO = ("num_experts", "num_experts_per_tok")
+
     max_position_embeddings: int = 1048576
     sliding_window: int = 64
     global_every: int = 4
@@ -41,10 +43,8 @@ class Config(Shape):
     tie_word_embeddings: bool = True
 
     def __post_init__(self) -> None:
+        self.at_least("global_every", 2)
         super().__post_init__()
-        for name, least in (("sliding_window", 1), ("global_every", 2), ("conv_width", 1),
-                            ("num_experts", 0)):
-            self.at_least(name, least)
         if self.num_experts:
             self.check_experts("num_experts")
 

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 from types import NoneType, UnionType
-from typing import Any, Self, get_args, get_origin
+from typing import Any, ClassVar, Self, get_args, get_origin
 
 from vicugna.errors import VicugnaError
 from vicugna.models.layers import rope
@@ -13,6 +13,8 @@ from vicugna.models.layers.mask import Span
 @dataclasses.dataclass(frozen=True)
 class Shape:
     """The base of every architecture's `Config`; VicugnaError for impossible shapes."""
+
+    MAY_BE_ZERO: ClassVar[tuple[str, ...]] = ()  # whole numbers that need not be positive
 
     vocab_size: int
     hidden_size: int
@@ -60,9 +62,9 @@ class Shape:
                       for field in fields if field.name in values})
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(Shape):
+        for field in dataclasses.fields(self):
             if field.type is int:
-                self.at_least(field.name, 1)
+                self.at_least(field.name, 0 if field.name in self.MAY_BE_ZERO else 1)
         heads, groups = self.num_attention_heads, self.num_key_value_heads
         if heads % groups:
             raise VicugnaError(
@@ -87,10 +89,9 @@ class Shape:
                    rope.scaled_context(getattr(self, "rope_scaling", None)))
 
     def at_least(self, name: str, least: int) -> None:
-        """Raise VicugnaError if the field `name` is below `least`."""
-        if getattr(self, name) < least:
-            raise VicugnaError(f"{name} is {getattr(self, name)}", "config.json",
-                               f"It must be at least {least}")
+        """Raise VicugnaError if the field `name` is below `least`; None is not."""
+        if (value := getattr(self, name)) is not None and value < least:
+            raise VicugnaError(f"{name} is {value}", "config.json", f"It must be at least {least}")
 
     def check_experts(self, experts: str) -> None:
         """Raise VicugnaError if num_experts_per_tok is not from 1 to the field `experts`."""
