@@ -101,7 +101,8 @@ def test_every_known_model_and_gpu() -> None:
     tiny = planning.Subject("tiny", "test", CONFIG)
     for gpu in GPUS:
         plan = planning.plan(tiny, gpu)
-        assert plan.gpus("bf16") == 1 and plan.gpu.peak("fp8") >= plan.gpu.peak("bf16")
+        assert plan["gpus"]["bf16"] == 1 and plan["assumed"]["gpu"]["name"] == gpu
+        assert GPUS[gpu].peak("fp8") >= GPUS[gpu].peak("bf16")
 
 
 CONFIG = {"model_type": "llama", "vocab_size": 50, "hidden_size": 16, "intermediate_size": 24,

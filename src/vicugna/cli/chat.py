@@ -1,9 +1,7 @@
 """`vicugna chat`: talk to a model in the terminal, or through a pipe."""
 
-import json
 import re
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
@@ -60,13 +58,9 @@ def chat(
     conversation = Chat(load(model, dtype, device), sampling, system)
     if once is None and sys.stdin.isatty() and not as_json:
         return _interactive(conversation)
-    for text in filter(None, map(str.strip, _lines() if once is None else [once])):
-        _handle(conversation, text, as_json)
-
-
-def _lines() -> Iterator[str]:
     try:
-        yield from sys.stdin
+        for text in filter(None, map(str.strip, sys.stdin if once is None else [once])):
+            _handle(conversation, text, as_json)
     except UnicodeError as error:
         raise _undecodable(error) from error
 
@@ -142,8 +136,10 @@ def _reply(chat: Chat, text: str, as_json: bool) -> None:
     finally:  # also when interrupted
         if parser.content:
             chat.turns += [user, {"role": "assistant", "content": parser.content}]
-    print(json.dumps({"text": parser.content, "reasoning": parser.reasoning or None,
-                      "tokens": tokens,
-                      "finish_reason": delta.finish_reason}) if as_json else "", flush=True)
+    if as_json:
+        output.as_json({"text": parser.content, "reasoning": parser.reasoning or None,
+                        "tokens": tokens, "finish_reason": delta.finish_reason})
+    else:
+        print(flush=True)
     if delta.finish_reason == "length":
         print("(truncated at the token limit)", file=sys.stderr)

@@ -2,14 +2,11 @@
 
 import math
 import textwrap
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
 from vicugna.cli import output
-
-if TYPE_CHECKING:
-    from vicugna.cli.planning import Plan, Subject
 
 
 def plan(
@@ -38,54 +35,54 @@ def plan(
     peak; of decode: the longer of FLOPs / peak and bytes read / bandwidth; peaks
     times --utilisation. Traffic between GPUs is not counted.
     """
-    from vicugna.cli import planning
+    from vicugna.cli import planning  # which imports PyTorch, which takes seconds
 
     subject = planning.subject(model)
     length = context or min(8192, subject.context or 8192)
-    made = planning.plan(subject, gpu, dtype, length, batch, utilisation, price)
+    made = {"model": subject.name, "source": subject.source, "note": subject.note,
+            "model_type": subject.config.get("model_type"), "context": subject.context,
+            **planning.plan(subject, gpu, dtype, length, batch, utilisation, price)}
     if as_json:
-        output.as_json({"model": subject.name, "source": subject.source, "note": subject.note,
-                        "model_type": subject.config.get("model_type"),
-                        "context": subject.context, **made.to_dict()})
+        output.as_json(made)
     else:
-        _show(subject, made)
+        _show(made)
 
 
-def _show(subject: "Subject", made: "Plan") -> None:
-    from vicugna.cli.planning import LENGTHS, WEIGHT_BYTES
-
-    counts, gpu = made.counts, made.gpu.name
-    forward = counts.flops(made.context)
-    output.table(subject.name, ("what", "value"), [
-        ("config", "\n".join(textwrap.wrap(subject.source, 48))),
-        ("architecture", f"{subject.config.get('model_type')}, {len(counts.layers)} layers"),
-        ("context", f"{subject.context:,} tokens" if subject.context else "not stated"),
-        ("parameters", _count(counts.total)),
-        ("active per token", _count(counts.active)),
-        ("  in matrix products", _count(counts.multiplied)),
-        (f"FLOPs per token\n  of {made.context:,}",
-         f"{_si(forward)} forward, {_si(3 * forward)} trained"),
-        ("training state", f"{_si(made.state)}B: {made.training_gpus} {gpu}")], 2)
-    needs = f"{made.batch:,} sequence{'s' * (made.batch > 1)} of {made.context:,} tokens"
+def _show(plan: dict[str, Any]) -> None:
+    sizes, assumed, flops = plan["parameters"], plan["assumed"], plan["flops_per_token"]
+    gpu, context = assumed["gpu"]["name"], assumed["context"]
+    output.table(plan["model"], ("what", "value"), [
+        ("config", "\n".join(textwrap.wrap(plan["source"], 48))),
+        ("architecture", f"{plan['model_type']}, {plan['layers']} layers"),
+        ("context", f"{plan['context']:,} tokens" if plan["context"] else "not stated"),
+        ("parameters", _count(sizes["total"])),
+        ("active per token", _count(sizes["active"])),
+        ("  in matrix products", _count(sizes["multiplied"])),
+        (f"FLOPs per token\n  of {context:,}",
+         f"{_si(flops['forward'])} forward, {_si(flops['training'])} trained"),
+        ("training state",
+         f"{_si(plan['training_state_bytes'])}B: {plan['training_gpus']} {gpu}")], 2)
+    needs = f"{assumed['batch']:,} sequence{'s' * (assumed['batch'] > 1)} of {context:,} tokens"
     output.table("Weights, and the GPUs that hold them and the cache of\n" + needs,
-                 ("", *WEIGHT_BYTES),
-                 [("weights", *(f"{_si(made.weights(kind))}B" for kind in WEIGHT_BYTES)),
-                  (f"{gpu}, at least", *(f"{made.gpus(kind):,}" for kind in WEIGHT_BYTES))])
-    output.table("KV cache of one sequence", ("tokens", *LENGTHS), [
-        ("fp32" if made.dtype == "fp32" else "bf16",
-         *(f"{_si(made.cache(n, made.dtype))}B" for n in LENGTHS.values()))])
-    output.table(f"{needs} in {made.dtype},\nat {made.utilisation:.0%} of the peaks of {gpu} and "
-                 f"{made.price:,.2f} per GPU-hour", (
+                 ("", *plan["gpus"]),
+                 [("weights", *(f"{_si(size)}B" for size in plan["weight_bytes"].values())),
+                  (f"{gpu}, at least", *(f"{count:,}" for count in plan["gpus"].values()))])
+    output.table("KV cache of one sequence", ("tokens", *plan["cache_bytes"]), [
+        ("fp32" if assumed["dtype"] == "fp32" else "bf16",
+         *(f"{_si(size)}B" for size in plan["cache_bytes"].values()))])
+    gpus = plan["gpus"][assumed["dtype"]]
+    output.table(f"{needs} in {assumed['dtype']},\nat {assumed['utilisation']:.0%} of the peaks of "
+                 f"{gpu} and {assumed['price_per_gpu_hour']:,.2f} per GPU-hour", (
         "work", "GPUs", "tokens/s", "GPU-hours/1M", "cost/1M", "bound by"), [
-        (name, f"{gpus:,}", _short(work.tokens_per_second), _short(work.gpu_hours_per_million),
-         _short(work.cost_per_million), work.bound) for name, gpus, work in (
-            ("prefill", made.gpus(made.dtype), made.prefill),
-            ("decode", made.gpus(made.dtype), made.decode),
-            ("training (bf16)", made.training_gpus, made.training))])
-    if subject.context and made.context > subject.context:
-        print(f"Its context is {subject.context:,} tokens: it does not support {made.context:,}.")
-    if subject.note:
-        print(textwrap.fill(subject.note, 78))
+        (name, f"{count:,}", _short(work["tokens_per_second"]),
+         _short(work["gpu_hours_per_million"]), _short(work["cost_per_million"]), work["bound"])
+        for name, count, work in (
+            ("prefill", gpus, plan["prefill"]), ("decode", gpus, plan["decode"]),
+            ("training (bf16)", plan["training_gpus"], plan["training"]))])
+    if plan["context"] and context > plan["context"]:
+        print(f"Its context is {plan['context']:,} tokens: it does not support {context:,}.")
+    if plan["note"]:
+        print(textwrap.fill(plan["note"], 78))
 
 
 def _count(parameters: int) -> str:

@@ -1,13 +1,13 @@
 """Estimates of memory, FLOPs, GPUs, time and cost from a config.
 
 Rooflines from published peaks (Williams et al., CACM 52(4), 2009), not measurements. The formulas
-are in docs/guide.md, under the names used here.
+are in docs/guide.md.
 """
 
 import math
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from vicugna.chips import GPUS, Gpu
 from vicugna.errors import VicugnaError, did_you_mean
 from vicugna.files import disk_errors
 from vicugna.models import read_config
-from vicugna.models.counts import Counts, count
+from vicugna.models.counts import count
+from vicugna.training import recipe
 
 # Bytes of a weight; int4 as in Q4_0: blocks of 32 weights of 4 bits and one 16-bit scale.
 WEIGHT_BYTES = {"fp32": 4.0, "bf16": 2.0, "fp8": 1.0, "int4": 18 / 32}
@@ -47,107 +48,15 @@ class Subject:
         return None
 
 
-@dataclass(frozen=True)
-class Work:
-    """One workload on all GPUs: tokens per second, and the cost of a million tokens."""
-
-    tokens_per_second: float
-    gpu_hours_per_million: float
-    cost_per_million: float
-    bound: str
-
-
-@dataclass(frozen=True)
-class Plan:
-    """`batch` sequences of `context` tokens, on the smallest number of `gpu` that holds weights of
-    `dtype` and the KV cache; `utilisation` is the fraction of each peak that is reached."""
-
-    counts: Counts
-    gpu: Gpu
-    dtype: str
-    context: int
-    batch: int
-    utilisation: float
-    price: float
-
-    def weights(self, dtype: str) -> float:
-        """Bytes of all weights."""
-        return self.counts.total * WEIGHT_BYTES[dtype]
-
-    def cache(self, tokens: int, dtype: str) -> int:
-        """Bytes of one sequence's KV cache: bf16, or fp32 with fp32 weights."""
-        return self.counts.cache_elements(tokens) * (4 if dtype == "fp32" else 2)
-
-    def gpus(self, dtype: str) -> int:
-        """The smallest number of GPUs that serves the batch with weights of `dtype`."""
-        return self._fit(self.weights(dtype) + self.batch * self.cache(self.context, dtype))
-
-    @property
-    def state(self) -> int:
-        """Bytes of weights, gradients and AdamW moments."""
-        return self.counts.total * STATE_BYTES
-
-    @property
-    def training_gpus(self) -> int:
-        """The smallest number of GPUs that holds the training state, sharded evenly."""
-        return self._fit(self.state)
-
-    def _fit(self, need: float) -> int:
-        """1, 2, 4 or 8 GPUs, or whole nodes of 8, with `need` bytes split evenly."""
-        n = max(1, math.ceil(need / (self.gpu.memory * (1 - RESERVED))))
-        return 1 << (n - 1).bit_length() if n <= NODE else -(-n // NODE) * NODE
-
-    @cached_property
-    def prefill(self) -> Work:
-        """Prefill of a prompt of `context` tokens: compute-bound."""
-        seconds = self.counts.flops(self.context) / self.gpu.peak(self.dtype)
-        return self._work(seconds, self.gpus(self.dtype), "compute")
-
-    @cached_property
-    def decode(self) -> Work:
-        """Decode: a step yields a token per sequence and reads the weights once and all caches."""
-        moved = (self.counts.weights_read(self.batch) * WEIGHT_BYTES[self.dtype]
-                 + self.batch * self.cache(self.context, self.dtype)) / self.gpu.bandwidth
-        flops = self.batch * self.counts.decode_flops(self.context) / self.gpu.peak(self.dtype)
-        return self._work(max(moved, flops) / self.batch, self.gpus(self.dtype),
-                          "memory" if moved > flops else "compute")
-
-    @cached_property
-    def training(self) -> Work:
-        """Training on sequences of `context` tokens, matrix products in bf16."""
-        seconds = 3 * self.counts.flops(self.context) / self.gpu.peak("bf16")
-        return self._work(seconds, self.training_gpus, "compute")
-
-    def _work(self, seconds: float, gpus: int, bound: str) -> Work:
-        """From the seconds that one token takes on one GPU at its peaks."""
-        hours = seconds / self.utilisation / 3600
-        return Work(gpus / (hours * 3600), 1e6 * hours, 1e6 * hours * self.price, bound)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The plan as JSON: sizes in bytes, rates per second."""
-        counts = self.counts
-        return {
-            "parameters": {key: getattr(counts, key)
-                           for key in ("total", "active", "multiplied", "routed")},
-            "layers": len(counts.layers),
-            "weight_bytes": {dtype: self.weights(dtype) for dtype in WEIGHT_BYTES},
-            "cache_bytes": {name: self.cache(n, self.dtype) for name, n in LENGTHS.items()},
-            "training_state_bytes": self.state,
-            "flops_per_token": {"forward": counts.flops(self.context),
-                                "training": 3 * counts.flops(self.context),
-                                "decode": counts.decode_flops(self.context)},
-            "assumed": {"gpu": asdict(self.gpu), "dtype": self.dtype, "context": self.context,
-                        "batch": self.batch, "utilisation": self.utilisation,
-                        "price_per_gpu_hour": self.price, "reserved": RESERVED},
-            "gpus": {dtype: self.gpus(dtype) for dtype in WEIGHT_BYTES},
-            "training_gpus": self.training_gpus,
-            "prefill": asdict(self.prefill), "decode": asdict(self.decode),
-            "training": asdict(self.training)}
-
-
 def plan(of: Subject, gpu: str = "h100", dtype: str = "bf16", context: int = 8192,
-         batch: int = 32, utilisation: float = 0.5, price: float = 2.0) -> Plan:
-    """The plan for a model. VicugnaError for an unknown config, GPU or dtype."""
+         batch: int = 32, utilisation: float = 0.5, price: float = 2.0) -> dict[str, Any]:
+    """The plan, for JSON: sizes in bytes, rates per second.
+
+    It is for `batch` sequences of `context` tokens, on the smallest number of `gpu` that holds
+    weights of `dtype` and the KV cache (bf16, or fp32 with fp32 weights), and for training with
+    matrix products in bf16, on the smallest number that holds its state. `utilisation` is the
+    fraction of each peak that is reached. VicugnaError for an unknown config, GPU or dtype.
+    """
     if gpu.lower() not in GPUS:
         raise VicugnaError(f"unknown GPU {gpu!r}", "--gpu", did_you_mean(gpu, GPUS))
     if dtype not in WEIGHT_BYTES:
@@ -159,7 +68,47 @@ def plan(of: Subject, gpu: str = "h100", dtype: str = "bf16", context: int = 819
         counts = count(of.config)
     except VicugnaError as error:
         raise VicugnaError(error.what, of.source, error.fix) from error
-    return Plan(counts, GPUS[gpu.lower()], dtype, context, batch, utilisation, price)
+    chip, forward, state = GPUS[gpu.lower()], counts.flops(context), counts.total * STATE_BYTES
+
+    def cache_bytes(tokens: int, dtype: str = dtype) -> int:
+        return counts.cache_elements(tokens) * (4 if dtype == "fp32" else 2)
+
+    weights = {kind: counts.total * size for kind, size in WEIGHT_BYTES.items()}
+    gpus = {kind: _gpus(chip, size + batch * cache_bytes(context, kind))
+            for kind, size in weights.items()}
+    training_gpus = _gpus(chip, state)
+
+    def work(seconds: float, gpus: int, bound: str = "compute") -> dict[str, Any]:
+        """From the seconds that one token takes on one GPU at its peaks."""
+        hours = seconds / utilisation / 3600
+        return {"tokens_per_second": gpus / (hours * 3600), "gpu_hours_per_million": 1e6 * hours,
+                "cost_per_million": 1e6 * hours * price, "bound": bound}
+
+    # A step of decoding gives each sequence a token, reads the weights once and all caches.
+    moved = (counts.weights_read(batch) * WEIGHT_BYTES[dtype]
+             + batch * cache_bytes(context)) / chip.bandwidth
+    computed = batch * counts.decode_flops(context) / chip.peak(dtype)
+    return {
+        "parameters": {key: getattr(counts, key)
+                       for key in ("total", "active", "multiplied", "routed")},
+        "layers": len(counts.layers), "weight_bytes": weights,
+        "cache_bytes": {name: cache_bytes(n) for name, n in LENGTHS.items()},
+        "training_state_bytes": state,
+        "flops_per_token": {"forward": forward, "training": 3 * forward,
+                            "decode": counts.decode_flops(context)},
+        "assumed": {"gpu": asdict(chip), "dtype": dtype, "context": context, "batch": batch,
+                    "utilisation": utilisation, "price_per_gpu_hour": price, "reserved": RESERVED},
+        "gpus": gpus, "training_gpus": training_gpus,
+        "prefill": work(forward / chip.peak(dtype), gpus[dtype]),
+        "decode": work(max(moved, computed) / batch, gpus[dtype],
+                       "memory" if moved > computed else "compute"),
+        "training": work(3 * forward / chip.peak("bf16"), training_gpus)}
+
+
+def _gpus(gpu: Gpu, need: float) -> int:
+    """1, 2, 4 or 8 GPUs, or whole nodes of 8, with `need` bytes split evenly."""
+    n = max(1, math.ceil(need / (gpu.memory * (1 - RESERVED))))
+    return 1 << (n - 1).bit_length() if n <= NODE else -(-n // NODE) * NODE
 
 
 def subject(what: str) -> Subject:
@@ -174,7 +123,9 @@ def subject(what: str) -> Subject:
         raise VicugnaError("no such model, file or folder", what,
                            did_you_mean(wanted, [*known, *PACKAGED]))
     if path.suffix in (".yaml", ".yml"):
-        return _of_recipe(path)
+        read = recipe.read(path)
+        return subject(read.model.start) if read.model.start else Subject(
+            read.name, str(path), read.config)
     if path.suffix != ".json" and not (path / "config.json").exists():
         return Subject(path.stem, what, checkpoint.survey(what).config)
     path = path / "config.json" if path.is_dir() else path
@@ -182,14 +133,6 @@ def subject(what: str) -> Subject:
     with disk_errors(path):
         config = read_object(file.parent, file.name)
     return Subject(path.parent.name if path.name == "config.json" else path.stem, str(path), config)
-
-
-def _of_recipe(path: Path) -> Subject:
-    from vicugna.training import recipe
-    read = recipe.read(path)
-    if read.model.start:
-        return subject(read.model.start)
-    return Subject(read.name, str(path), read.config)
 
 
 @cache

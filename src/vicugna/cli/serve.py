@@ -1,7 +1,5 @@
 """`vicugna serve`: an OpenAI-compatible server with a chat page."""
 
-import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -40,8 +38,7 @@ def serve(
 
         def ready(url: str) -> None:
             if as_json:
-                print(json.dumps({"url": url, "model": shown, "digest": loaded.digest}), flush=True)
-            print(f"Serving {shown}: chat at {url}, OpenAI API at {url}/v1. Ctrl-C stops.",
-                  file=sys.stderr, flush=True)
+                output.as_json({"url": url, "model": shown, "digest": loaded.digest})
+            output.say(f"Serving {shown}: chat at {url}, OpenAI API at {url}/v1. Ctrl-C stops.")
 
         run(loaded, shown, bound, host, api_key, origins, ready)

@@ -87,7 +87,7 @@ def _open(path: Path) -> Any:
 
 def _object(value: Any, where: str) -> Row:
     if not isinstance(value, dict):
-        raise VicugnaError("not a JSON object", where, 'Write {"text": "..."}')
+        raise VicugnaError("not a JSON object", where, "Give each row as an object with fields")
     return where, value
 
 

@@ -2,13 +2,12 @@
 
 import time
 from pathlib import Path
-from typing import Any
 
 from vicugna import progress
 from vicugna.distributed import Ranks
 from vicugna.evals.plan import Plan
 from vicugna.evals.results import Results, read_results
-from vicugna.evals.runner import run
+from vicugna.evals.runner import Tasks, run
 from vicugna.ledger import Ledger, code_version, recorded
 from vicugna.memory import peak_memory
 from vicugna.model import Model
@@ -16,8 +15,8 @@ from vicugna.models.counts import count
 
 
 def evaluate(model: Model, plan: Plan, batch: int, folder: Path, ledger: Ledger,
-             recipe_digest: str, where: str, own_tasks: Any = None, purpose: str = "research",
-             ranks: Ranks = Ranks()) -> Results:
+             recipe_digest: str, where: str, own_tasks: Tasks | None = None,
+             purpose: str = "research", ranks: Ranks = Ranks()) -> Results:
     """Run a planned evaluation into `folder`, entered in the ledger, as done for `purpose`
     ("research" or "product"), before its first token. Called on all `ranks`, which share it."""
     if found := ranks.gather(_found(model, plan, folder, ledger) if ranks.first else None)[0]:

@@ -8,7 +8,6 @@ counts, by the rule of matching.py. `task` names the row of the table. Items wit
 share a cluster.
 """
 
-import json
 from datetime import date as Date
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel, Field, ValidationError
 
 from vicugna.chat import check_messages
+from vicugna.data.formats import rows
 from vicugna.errors import VicugnaError
 from vicugna.evals.matching import matches
 from vicugna.evals.plan import Plan, plan_item, sort_plan
@@ -38,12 +38,11 @@ class UserItems:
     name = "items"
 
     def __init__(self, path: str | Path) -> None:
-        path, self.items = Path(path), list[Item]()
-        for number, line in enumerate(read_text(path).split("\n"), start=1):
-            if line.strip():
-                self.items.append(_item(line, len(self.items), path, number))
+        path = Path(path)
+        given = rows(path, lambda columns: columns) or ()
+        self.items = [_item(row, index, path, where) for index, (where, row) in enumerate(given)]
         if not self.items:
-            raise VicugnaError("no items", str(path), "Write one JSON object a line")
+            raise VicugnaError("no items", str(path), "Write one JSON object a line, in a .jsonl file")
 
     def item(self, seed: int, difficulty: Difficulty) -> Item:
         return self.items[seed]
@@ -61,17 +60,15 @@ def plan_items(path: str | Path, tokenizer: Tokenizer, date: Date, max_new_token
                       for item in task.items), date), task
 
 
-def _item(line: str, index: int, path: Path, number: int) -> Item:
-    where = f"{path} line {number}"
+def _item(row: dict[str, Any], index: int, path: Path, where: str) -> Item:
     try:
-        content = json.loads(line)
-        canonical(content)  # refuses what has no UTF-8 form
-        asked = Question.model_validate(content)
+        canonical(row)  # refuses what has no UTF-8 form
+        asked = Question.model_validate(row)
     except ValidationError as error:
         first = error.errors()[0]
         raise VicugnaError(" ".join([*map(str, first["loc"]), first["msg"].lower()]), where,
                            'Write {"prompt": "...", "answers": ["..."]}') from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise VicugnaError(f"not valid JSON: {error}", where, "Correct the line") from error
     if (asked.messages is None) == (asked.prompt is None):
         raise VicugnaError("it needs messages or prompt, one of them", where, "Correct the line")
@@ -92,4 +89,4 @@ def _item(line: str, index: int, path: Path, number: int) -> Item:
     solution = {"role": "assistant", "content": asked.answers[0]}
     return Item(UserItems.name, index, Difficulty(), messages, asked.answers[0], solution,
                 {"answers": asked.answers, "group": asked.task, "cluster": asked.context_file,
-                 "line": number})
+                 "where": where.removeprefix(f"{path} ")})

@@ -14,10 +14,12 @@ turn (round robin), and the first gathers and writes the records.
 import json
 import os
 import platform
+from bisect import bisect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import date as Date
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ import torch
 
 from vicugna import chat, engine, tasks
 from vicugna.distributed import Ranks
+from vicugna.dtypes import name_of
 from vicugna.engine import Sampling
 from vicugna.errors import VicugnaError
 from vicugna.evals.plan import Plan, PlannedItem, split_batches
@@ -34,7 +37,7 @@ from vicugna.tasks import Item, Task
 
 BATCH_TOKENS, GREEDY = 65_536, Sampling()
 Tasks = Mapping[str, Task]
-NO_TASKS: Tasks = {}
+FindTask = Callable[[str], Task]
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class LocalModel:
             raise VicugnaError("the model has no tokenizer or no chat template", "evaluation",
                                "Add tokenizer.json and chat_template.jinja to its folder")
         weight = next(self.network.parameters())
-        self.precision = str(weight.dtype).removeprefix("torch.")
+        self.precision = name_of(weight.dtype)
         chip = (torch.cuda.get_device_name(weight.device) if weight.is_cuda else
                 f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
         self.platform = f"{platform.machine()} {chip}, torch {torch.__version__}"
@@ -114,7 +117,10 @@ def run(model: Any, plan: Plan, folder: str | Path, *, batch_size: int = 32,
     counts items. All `ranks` call it and share the batches; the first writes the files.
     Raises VicugnaError when the folder holds another evaluation.
     """
-    folder = Path(folder)
+    def find(name: str) -> Task:
+        return (own_tasks or {}).get(name) or tasks.get(name)
+
+    folder, path = Path(folder), Path(folder) / "items.jsonl"
     answerer = model if hasattr(model, "answer") else LocalModel(model, plan.date)
     identity = json.loads(canonical({  # as it will be read back: tuples become lists
         "model_digest": answerer.digest, "plan_digest": plan.digest,
@@ -124,28 +130,30 @@ def run(model: Any, plan: Plan, folder: str | Path, *, batch_size: int = 32,
     platforms = "; ".join(sorted(set(ranks.gather(answerer.platform))))
     batches = split_batches(plan.items, batch_size, BATCH_TOKENS)
     with owned(folder) if ranks.first else nullcontext():
-        records, done = _start(folder, identity, plan, batches) if ranks.first else ([], 0)
+        records, done = ranks.gather(
+            _start(folder, identity, plan, batches) if ranks.first else ([], 0))[0]
         progress(len(records), len(plan.items))
-        for start in range(ranks.gather(done)[0], len(batches), ranks.world):
-            own = batches[start + ranks.rank] if start + ranks.rank < len(batches) else []
-            gathered = ranks.gather(run_batch(answerer, own, sampling, own_tasks or {}))
-            new = [record for part in gathered for record in part]
-            records += new
+        for start in range(done, len(batches), ranks.world):
+            own = next(iter(batches[start + ranks.rank:]), [])
+            parts = ranks.gather(run_batch(answerer, own, sampling, find))
+            new = [record for part in parts for record in part]
             if ranks.first:
-                _append(folder / "items.jsonl", new)
+                with disk_errors(path), open(path, "ab") as file:
+                    file.write(b"".join(canonical(record) + b"\n" for record in new))
+                    file.flush()
+                    os.fsync(file.fileno())
+            records += new
             progress(len(records), len(plan.items))
-        results = Results.of(identity, records, platforms) if ranks.first else None
-        if results:
+        results = Results.of(identity, records, platforms)
+        if ranks.first:
             write_json(folder / "results.json", results.to_dict())
-    results = ranks.gather(results)[0]
-    assert results is not None
     return results
 
 
 def run_batch(answerer: Any, batch: Sequence[PlannedItem], sampling: Sampling,
-              own_tasks: Tasks = NO_TASKS) -> list[dict[str, Any]]:
-    """Ask and score one batch of items of `own_tasks` or vicugna.tasks: a record each, in order."""
-    items = [make_item(planned, own_tasks) for planned in batch]
+              find: FindTask = tasks.get) -> list[dict[str, Any]]:
+    """Ask and score one batch of items: a record per item, in order."""
+    items = [make_item(planned, find) for planned in batch]
     requests = [(item.messages, replace(
         sampling, max_new_tokens=planned.max_new_tokens,
         seed=int(digest_of([sampling.seed, planned.id])[:12], 16)))
@@ -155,17 +163,17 @@ def run_batch(answerer: Any, batch: Sequence[PlannedItem], sampling: Sampling,
     for planned, item in zip(batch, items, strict=True):
         reply, expected = (next(replies), item.answer) if isinstance(item, Item) else (
             Reply(error=item), None)
-        if reply.error and isinstance(item, Item) and "line" in item.metadata:
-            reply = replace(reply, error=f"line {item.metadata['line']}: {reply.error}")
+        if reply.error and isinstance(item, Item) and "where" in item.metadata:
+            reply = replace(reply, error=f"{item.metadata['where']}: {reply.error}")
         records.append({**asdict(planned), "id": planned.id, "expected": expected,
-                        **asdict(reply), **score_reply(item, reply, own_tasks)})
+                        **asdict(reply), **score_reply(item, reply, find)})
     return records
 
 
-def make_item(planned: PlannedItem, own_tasks: Tasks = NO_TASKS) -> Item | str:
+def make_item(planned: PlannedItem, find: FindTask = tasks.get) -> Item | str:
     """The item, or the error of generating it; VicugnaError if it is not the planned one."""
     try:
-        item = _task(planned.task, own_tasks).item(planned.seed, planned.difficulty)
+        item = find(planned.task).item(planned.seed, planned.difficulty)
     except Exception as error:
         return _item_error(error)
     if digest_of(item.messages) != planned.question_digest:
@@ -174,24 +182,20 @@ def make_item(planned: PlannedItem, own_tasks: Tasks = NO_TASKS) -> Item | str:
     return item
 
 
-def score_reply(item: Item | str, reply: Reply, own_tasks: Tasks = NO_TASKS) -> dict[str, Any]:
+def score_reply(item: Item | str, reply: Reply, find: FindTask = tasks.get) -> dict[str, Any]:
     """A reply's outcome, score and error message; None for a score or an error that is missing."""
     outcome, score, message = "error", None, reply.error
     if reply.finish_reason == "length":
         outcome = "truncated"
     elif message is None and isinstance(item, Item):
         try:
-            score = float(_task(item.task, own_tasks).score(item, reply.response))
+            score = float(find(item.task).score(item, reply.response))
             if not 0 <= score <= 1:
                 raise ValueError(f"the score {score} is not between 0 and 1")
             outcome = "right" if score == 1 else "wrong"
         except Exception as error:
             score, message = None, _item_error(error)
     return {"outcome": outcome, "score": score, "error": message}
-
-
-def _task(name: str, own_tasks: Tasks) -> Task:
-    return own_tasks[name] if name in own_tasks else tasks.get(name)
 
 
 def _item_error(error: Exception) -> str:
@@ -219,15 +223,7 @@ def _start(folder: Path, identity: dict[str, Any], plan: Plan, batches: list[lis
     with disk_errors(path):
         path.touch()
         lines = path.read_bytes().splitlines(keepends=True)
-        whole, finished, done = sum(line.endswith(b"\n") for line in lines), 0, 0
-        while done < len(batches) and finished + len(batches[done]) <= whole:
-            finished, done = finished + len(batches[done]), done + 1
-        os.truncate(path, sum(map(len, lines[:finished])))
+        ends = [0, *accumulate(map(len, batches))]
+        done = bisect(ends, sum(line.endswith(b"\n") for line in lines)) - 1
+        os.truncate(path, sum(map(len, lines[:ends[done]])))
     return read_records(path), done
-
-
-def _append(path: Path, records: list[dict[str, Any]]) -> None:
-    with disk_errors(path), open(path, "ab") as file:
-        file.write(b"".join(canonical(record) + b"\n" for record in records))
-        file.flush()
-        os.fsync(file.fileno())
