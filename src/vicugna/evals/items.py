@@ -1,9 +1,9 @@
-"""A user's own questions: one JSON object a line.
+"""A user's own questions: rows of a file, such as one JSON object a line.
 
     {"messages": [{"role": "user", "content": "..."}], "answers": ["Paris"], "task": "capitals"}
     {"prompt": "Who signed it?", "context_file": "contract.txt", "answers": ["Ann Lee", "A. Lee"]}
 
-`context_file` (a path beside the JSONL file) is put before the last message. Any of the `answers`
+`context_file` (a path beside the file) is put before the last message. Any of the `answers`
 counts, by the rule of matching.py. `task` names the row of the table. Items with one context file
 share a cluster.
 """
@@ -33,7 +33,7 @@ class Question(BaseModel):
 
 
 class UserItems:
-    """A JSONL file's lines as a task; a seed is an index. VicugnaError names a wrong line."""
+    """A file's questions as a task; a seed is an index. VicugnaError names a wrong line."""
 
     name = "items"
 
@@ -42,7 +42,7 @@ class UserItems:
         given = rows(path, lambda columns: columns) or ()
         self.items = [_item(row, index, path, where) for index, (where, row) in enumerate(given)]
         if not self.items:
-            raise VicugnaError("no items", str(path), "Write one JSON object a line, in a .jsonl file")
+            raise VicugnaError("no items", str(path), "Write one JSON object a line into a .jsonl")
 
     def item(self, seed: int, difficulty: Difficulty) -> Item:
         return self.items[seed]
