@@ -7,7 +7,7 @@ weights (arXiv 2412.19437, section 3.3).
 import ctypes
 import math
 import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,17 @@ class Stored:
     @property
     def where(self) -> str:
         return where(self.file, self.name)
+
+
+def merged(files: Iterable[Mapping[str, Stored]]) -> dict[str, Stored]:
+    """The tensors of several files by name; VicugnaError for a name that occurs in two."""
+    found: dict[str, Stored] = {}
+    for tensors in files:
+        for name in sorted(tensors.keys() & found.keys()):
+            raise broken(f"tensor {short(name)} is in {found[name].file.name} too",
+                         tensors[name].file)
+        found |= tensors
+    return found
 
 
 def where(path: Path, name: str) -> str:

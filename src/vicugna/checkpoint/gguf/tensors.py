@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vicugna.checkpoint import names
 from vicugna.checkpoint.gguf.keys import ARCHITECTURES, parsed
+from vicugna.checkpoint.names import general
 from vicugna.checkpoint.stored import Stored, broken, short
 from vicugna.errors import VicugnaError
 
@@ -100,11 +101,11 @@ def targets(config: Mapping[str, Any], tensors: Mapping[str, Stored]) -> list[Ta
     found: dict[str, Target] = {}
     table, special = names.of(config["model_type"]).by_name, layouts(config)
     for name in sorted(tensors, key=_order):
-        layer, general = _general(name)
-        if not (parameter := table.get(general)) or not parameter.gguf:
+        layer, anywhere = general(name)
+        if not (parameter := table.get(anywhere)) or not parameter.gguf:
             raise VicugnaError(f"GGUF has no name for tensor {short(name)}", "",
                                "Convert to a Hugging Face folder instead")
-        layout = special.get(_inner(general), PLAIN)
+        layout = special.get(_inner(anywhere), PLAIN)
         for index, theirs in enumerate(one.replace("#", layer) for one in parameter.gguf):
             found.setdefault(theirs, Target(theirs, index, layout, [])
                              ).sources.append(tensors[name])
@@ -114,15 +115,7 @@ def targets(config: Mapping[str, Any], tensors: Mapping[str, Stored]) -> list[Ta
 def _order(name: str) -> tuple[Any, ...]:
     """Layers and experts by number, the embeddings first."""
     numbers = [int(number) for number in re.findall(r"\.(\d+)\.", name)]
-    return "embed" not in name, not numbers, numbers[:1], _general(name)[1], numbers
-
-
-def _general(name: str) -> tuple[str, str]:
-    """A layer's number ("" outside), and the name of a tensor with # for it and * for an expert's.
-    """
-    layer = re.match(r"(?:model\.layers|blk)\.(\d+)\.", name)
-    name = re.sub(r"^(model\.layers|blk)\.\d+\.", r"\1.#.", name)
-    return layer[1] if layer else "", re.sub(r"\.experts\.\d+\.", ".experts.*.", name)
+    return "embed" not in name, not numbers, numbers[:1], general(name)[1], numbers
 
 
 def _inner(general: str) -> str:
@@ -133,8 +126,8 @@ def _inner(general: str) -> str:
 def hf_name(name: str, kind: str) -> tuple[str, str, int, int]:
     """Of a tensor of a file of this model_type: its name in a folder (* for an expert's number),
     without layer and ending too, which part of it this is, and of how many."""
-    layer, general = _general(name)
-    if (found := names.of(kind).by_gguf.get(general)) is None:
+    layer, anywhere = general(name)
+    if (found := names.of(kind).by_gguf.get(anywhere)) is None:
         raise broken(f"unexpected tensor {short(name)}", "")
-    return (found.name.replace("#", layer), _inner(found.name), found.gguf.index(general),
+    return (found.name.replace("#", layer), _inner(found.name), found.gguf.index(anywhere),
             len(found.gguf))

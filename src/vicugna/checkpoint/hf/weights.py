@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vicugna.checkpoint import foreign
-from vicugna.checkpoint.stored import FP8, Mapped, Stored, broken, raw_bytes, short, where
+from vicugna.checkpoint.stored import FP8, Mapped, Stored, broken, merged, raw_bytes, short, where
 from vicugna.errors import VicugnaError
 from vicugna.files import write_json
 
@@ -37,13 +37,7 @@ LORA = re.compile(r"\.(lora_\w+|base_layer)(\.|$)")
 def scan(files: Iterable[Path]) -> dict[str, Stored]:
     """Every tensor of `files` by name, from their headers alone.
     VicugnaError for a malformed file and for a name that occurs in two; OSError."""
-    found: dict[str, Stored] = {}
-    for file in files:
-        tensors = _read_header(file)
-        for name in sorted(tensors.keys() & found.keys()):
-            raise broken(f"tensor {short(name)} is in {found[name].file.name} too", file)
-        found |= tensors
-    return found
+    return merged(map(_read_header, files))
 
 
 def _read_header(path: Path) -> dict[str, Stored]:

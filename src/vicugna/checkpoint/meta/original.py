@@ -15,11 +15,12 @@ from torch import Tensor
 
 from vicugna.checkpoint import names
 from vicugna.checkpoint.folder import inside, read_object
+from vicugna.checkpoint.gguf.tensors import permuted
 from vicugna.checkpoint.meta import params as meta_params
 from vicugna.checkpoint.meta import pth
 from vicugna.checkpoint.meta.params import Params
-from vicugna.checkpoint.names import Parameter
-from vicugna.checkpoint.stored import Mapped, Stored, broken, short
+from vicugna.checkpoint.names import Parameter, general
+from vicugna.checkpoint.stored import Mapped, Stored, broken, merged, short
 from vicugna.checkpoint.survey import Survey
 from vicugna.errors import VicugnaError
 from vicugna.tokenizer import Tokenizer, from_model_file
@@ -53,9 +54,9 @@ class Original:
         prefix = "language_model." if self.is_llama4 and self.params.vision_args else ""
         sources: dict[str, list[tuple[str, int]]] = {}  # names, and which of their parts
         for name in sorted(self.ranks[0].keys() - ({"output.weight"} if tied else set())):
-            layer = re.search(r"\.(\d+)\.", name)
+            layer, _ = general(name)
             for index, held in enumerate(self._held(name)):  # sorted: gate comes before up
-                target = held.name.replace("#", layer[1] if layer else "#")
+                target = held.name.replace("#", layer)
                 text = target.startswith(("model.", "lm_head."))
                 sources.setdefault(prefix * text + target, []).append((name, index))
         return {target: self._merged(target, made_of) for target, made_of in sources.items()}
@@ -63,7 +64,7 @@ class Original:
     def _held(self, name: str) -> list[Parameter]:
         """The parameters that Meta's tensor `name` holds, in order."""
         known = names.of("llama4" if self.is_llama4 else "llama").by_meta
-        if (held := known.get(re.sub(r"\.\d+\.", ".#.", name, count=1))) is None:
+        if (held := known.get(general(name)[1])) is None:
             raise broken("unexpected: no Llama of Meta has it", self.ranks[0][name].where)
         return held
 
@@ -91,9 +92,7 @@ class Original:
         parts, split = self._parts(target, made_of, Mapped().tensor)
         whole = torch.cat(parts, split) if parts[1:] else parts[0]
         if self._is_permuted(target):
-            # Meta rotates the pairs (2i, 2i + 1) by an angle, Hugging Face (i, i + K/2).
-            pairs = whole.unflatten(0, (-1, self.params.head_width // 2, 2))
-            whole = pairs.transpose(1, 2).flatten(0, 2)
+            whole = permuted(whole, len(whole) // self.params.head_width, back=True)
         return whole.contiguous()
 
     def _check_replicas(self, name: str) -> None:
@@ -180,7 +179,8 @@ def survey(folder: Path) -> Survey:
     if missing := sorted(set(range(len(files))) - files.keys()):
         raise broken(f"consolidated.{missing[0]:02}.pth is missing, but there is a shard "
                      f"{max(files)}", folder)
-    ranks = [_rank(folder, files[number]) for number in sorted(files)]
+    ranks = [merged(pth.scan(inside(*_rooted(folder, name)), UNUSED) for name in files[number])
+             for number in sorted(files)]
     for rank in ranks[1:]:
         _check_alike(ranks[0], rank)
     is_llama4 = any(".wqkv." in name for name in ranks[0])
@@ -218,16 +218,6 @@ def _tokenizer(folder: Path, version: str | None, vocabulary: int) -> Tokenizer 
                              place / "tokenizer.model")
             return found
     return None
-
-
-def _rank(folder: Path, names: list[str]) -> dict[str, Stored]:
-    found: dict[str, Stored] = {}
-    for name in names:
-        tensors = pth.scan(inside(*_rooted(folder, name)), UNUSED)
-        for twice in sorted(tensors.keys() & found.keys()):
-            raise broken(f"is in {found[twice].file.name} too", tensors[twice].where)
-        found |= tensors
-    return found
 
 
 def _check_alike(first: Mapping[str, Stored], other: Mapping[str, Stored]) -> None:

@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from vicugna.checkpoint.names.llama import ATTENTION, MLP, OUTSIDE
-from vicugna.checkpoint.names.names import Names, in_layers
+from vicugna.checkpoint.names.names import LAYER, Names, parameters
 
 
 def _of_later_tokens(name: str, config: Any) -> bool:
@@ -16,7 +16,7 @@ def _of_later_tokens(name: str, config: Any) -> bool:
 
 
 NAMES = Names(
-    OUTSIDE + ATTENTION + MLP + in_layers(
+    OUTSIDE + ATTENTION + MLP + parameters(LAYER,
         ("self_attn.q_a_proj.weight", "attn_q_a.weight", "", None),
         ("self_attn.q_a_layernorm.weight", "attn_q_a_norm.weight", "", None),
         ("self_attn.q_b_proj.weight", "attn_q_b.weight", "", None),

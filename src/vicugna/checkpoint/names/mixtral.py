@@ -1,10 +1,10 @@
 """Mixtral, whose files hold every expert's matrices w1 (gate), w3 (up) and w2 (down) apart."""
 
 from vicugna.checkpoint.names.llama import ATTENTION, OUTSIDE
-from vicugna.checkpoint.names.names import Names, in_layers
+from vicugna.checkpoint.names.names import LAYER, Names, parameters
 
 NAMES = Names(
-    OUTSIDE + ATTENTION + in_layers(
+    OUTSIDE + ATTENTION + parameters(LAYER,
         ("block_sparse_moe.gate.weight", "ffn_gate_inp.weight", "", None),
         ("block_sparse_moe.experts.*.w1.weight", "ffn_gate_exps.weight", "", None),
         ("block_sparse_moe.experts.*.w3.weight", "ffn_up_exps.weight", "", None),

@@ -1,5 +1,6 @@
 """How an architecture's parameters are called in the files of each form."""
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,11 +23,17 @@ class Parameter:
     split: int | None = None
 
 
-def parameters(*rows: tuple[str, str, str, int | None]) -> tuple[Parameter, ...]:
-    """A table of name, GGUF's names, Meta's names (separated by spaces) and split: those of weights
-    stand for their biases too, which are not shared by ranks that share a weight's columns."""
-    weights = [Parameter(name, tuple(gguf.split()), tuple(meta.split()), split)
-               for name, gguf, meta, split in rows]
+LAYER = ("model.layers.#.", "blk.#.", "layers.#.")  # of the text model
+
+
+def parameters(prefixes: tuple[str, str, str], *rows: tuple[str, str, str, int | None]
+               ) -> tuple[Parameter, ...]:
+    """A table of name, GGUF's names, Meta's names (separated by spaces; those of each form with its
+    prefix before them) and split. Weights' names stand for their biases too, which are not shared
+    by ranks that share a weight's columns."""
+    ours, gguf, meta = prefixes
+    weights = [Parameter(ours + row[0], tuple(gguf + name for name in row[1].split()),
+                         tuple(meta + name for name in row[2].split()), row[3]) for row in rows]
     biases = [Parameter(bias, _biases(one.gguf), _biases(one.meta), 0 if one.split == 0 else None)
               for one in weights for bias in _biases((one.name,))]
     return (*weights, *biases)
@@ -36,12 +43,12 @@ def _biases(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(f"{name.removesuffix('weight')}bias" for name in names if name.endswith(".weight"))
 
 
-def in_layers(*rows: tuple[str, str, str, int | None]) -> tuple[Parameter, ...]:
-    """As `parameters`, of the names within a layer of the text model."""
-    return tuple(Parameter(f"model.layers.#.{one.name}",
-                           tuple(f"blk.#.{name}" for name in one.gguf),
-                           tuple(f"layers.#.{name}" for name in one.meta), one.split)
-                 for one in parameters(*rows))
+def general(name: str) -> tuple[str, str]:
+    """The number of a tensor's layer ("" outside), and its name with "#" for that and "*" for an
+    expert's."""
+    layer = re.search(r"\.(\d+)\.", name)
+    name = re.sub(r"\.\d+\.", ".#.", name, count=1)
+    return layer[1] if layer else "", re.sub(r"\.\d+\.", ".*.", name)
 
 
 @dataclass(frozen=True)
