@@ -14,9 +14,12 @@ from typing import Any
 from torch import Tensor
 
 from vicugna.chat.image_settings import digest_with_images
+from vicugna.checkpoint.state_dict import Parts, StoredTensors
 from vicugna.checkpoint.stored import raw_bytes
+from vicugna.checkpoint.survey import Survey
 from vicugna.dtypes import name_of
-from vicugna.files import digest_of
+from vicugna.files import digest_of, disk_errors
+from vicugna.progress import Report
 from vicugna.tokenizer import Tokenizer
 
 # Tensors' own dtypes are hashed with them; token ids stand in the tokenizer and generation config.
@@ -46,3 +49,17 @@ def digest(tensors: Mapping[str, Tensor], config: Mapping[str, Any], tokenizer: 
                               if key not in ("transformers_version", "_from_model_config")},
         "quantisation": None,
     })
+
+
+def digest_stored(parts: Parts, found: Survey, report: Report) -> str | None:
+    """The digest that a model loaded in the dtypes it is stored in has; None where its parameters
+    have several, in which it cannot be loaded.
+
+    `parts` are those of the survey, `report` is called with each tensor's number and name.
+    VicugnaError for values that are not finite.
+    """
+    if len(parts.kinds) > 1:
+        return None
+    with disk_errors(found.folder):
+        return digest(StoredTensors(parts, None, report), parts.network.config.to_dict(),
+                      found.tokenizer, found.generation_config)

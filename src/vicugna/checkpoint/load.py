@@ -14,9 +14,8 @@ from vicugna.checkpoint.gguf import reader as gguf
 from vicugna.checkpoint.hf import directory
 from vicugna.checkpoint.meta import original as meta
 from vicugna.checkpoint.source import locate
-from vicugna.checkpoint.state_dict import Parts
+from vicugna.checkpoint.state_dict import Parts, StoredTensors
 from vicugna.checkpoint.stored import Mapped
-from vicugna.checkpoint.stream import StoredTensors
 from vicugna.checkpoint.survey import Survey
 from vicugna.files import disk_errors
 

@@ -19,6 +19,7 @@ from vicugna.checkpoint.stored import Mapped, Stored, broken, short
 from vicugna.checkpoint.survey import Survey
 from vicugna.errors import VicugnaError
 from vicugna.files import disk_errors
+from vicugna.progress import Report
 
 LAYERS, EXPERTS = 400, 2**16  # more would only take time, or memory
 
@@ -121,6 +122,38 @@ class Parts:
             for name, tensor in self.values(dtype, torch.device("cpu"), mapped):
                 yield name, tensor
                 mapped.drop_pages(tensor)
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """What `Checkpoint.tensors` gives of a loaded network, whose parameters become `dtype` (None
+    keeps what is stored); each is read when it is asked for."""
+
+    def __init__(self, parts: Parts, dtype: torch.dtype | None,
+                 report: Report = lambda done, name: None) -> None:
+        self._report, self._done = report, 0
+        # Each name's tensor and dtype; where that is a stack of experts, which one of how many.
+        self._places: dict[str, tuple[Stored, torch.dtype, int, int]] = {}
+        naming = names_of(parts.network)
+        for name, part in parts.by_name.items():
+            buffer = parts.buffers.get(name)
+            kind = dtype or part.kind if buffer is None else buffer.dtype
+            ones = naming.of_experts(name, part.shape[0] if part.shape else 0) or [name]
+            self._places |= {one: (part, kind, n, len(ones)) for n, one in enumerate(ones)}
+        self._places |= {name: (part, part.kind, 0, 1) for name, part in parts.passthrough.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        part, kind, n, count = self._places[name]
+        # One mapping for each, so that its pages go when the tensor does.
+        tensor = Mapped().read([part], part.shape, kind, torch.device("cpu"))
+        self._done += 1
+        self._report(self._done, name)
+        return tensor if count == 1 else tensor.reshape(count, -1, part.shape[-1])[n]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
 
 
 def place(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:

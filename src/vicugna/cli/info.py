@@ -19,8 +19,8 @@ def info(
 ) -> None:
     """Show architecture, sizes, dtypes, context, tokenizer and digest of MODEL."""
     from vicugna import checkpoint, progress
+    from vicugna.checkpoint.digest import digest_stored
     from vicugna.checkpoint.state_dict import Parts, build
-    from vicugna.checkpoint.stream import digest_stored
 
     found = checkpoint.survey(model)
     parts = Parts(build(found), found)
