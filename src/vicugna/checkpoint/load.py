@@ -21,8 +21,8 @@ from vicugna.files import disk_errors
 
 AT_ONCE = 2**28  # bytes of weights; looking at all values of more takes most of the time to load
 # Per format: whether a path has it, and the reader. The first that recognises a path reads it.
-READERS: tuple[tuple[Callable[[Path], bool], Callable[[Path], Survey]], ...] = (
-    (directory.recognises, directory.survey), (meta.recognises, meta.survey),
+READERS: tuple[tuple[Callable[[Path], object], Callable[[Path], Survey]], ...] = (
+    (directory.recognises, directory.survey), (meta.find, meta.survey),
     (gguf.recognises, gguf.survey))
 
 

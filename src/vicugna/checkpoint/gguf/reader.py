@@ -20,7 +20,7 @@ from vicugna.checkpoint.foreign import start
 from vicugna.checkpoint.gguf import keys, vocabulary
 from vicugna.checkpoint.gguf.file import DTYPES, F32, MAGIC, Entry, decode, scan
 from vicugna.checkpoint.gguf.keys import ARCHITECTURES
-from vicugna.checkpoint.gguf.tensors import FREQUENCIES, PLAIN, Layout, hf_name, layouts
+from vicugna.checkpoint.gguf.tensors import FREQUENCIES, PLAIN, Layout, hf_name, in_layer, layouts
 from vicugna.checkpoint.stored import Stored, broken, short
 from vicugna.checkpoint.survey import Survey, default_generation_config
 from vicugna.errors import VicugnaError
@@ -112,24 +112,21 @@ def _tensors(config: Mapping[str, Any], entries: Mapping[str, Entry], path: Path
     float32 in folders too."""
     kinds = {entry.kind for entry in entries.values() if len(entry.shape) > 1} - {F32}
     narrow = DTYPES.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32
-    special, parts = layouts(config), dict[str, list[Entry | None]]()
-    found: dict[str, Stored] = {}
+    special, found = layouts(config), dict[str, Stored]()
     for stored, entry in entries.items():
         if stored == FREQUENCIES:
             continue
-        name, inner, n, count = hf_name(stored, config["model_type"])
+        name, parts = hf_name(stored, config["model_type"])
+        if not entries.keys() >= {*parts}:
+            raise broken(f"a part of tensor {short(name)} is missing", "")
+        if stored != parts[0]:
+            continue
         if "*" in name and entry.shape[0] > EXPERTS:
             raise broken(f"{entry.shape[0]:,} experts", f"tensor {short(stored)}")
-        parts.setdefault(name, [None] * count)[n] = entry
-        if None in parts[name]:
-            continue
-        whole = [part for part in parts.pop(name) if part is not None]
-        layout = special.get(inner, PLAIN)
+        whole, layout = [entries[part] for part in parts], special.get(in_layer(name), PLAIN)
         for expert in range(entry.shape[0]) if "*" in name else [None]:
             ours = name.replace("*", str(expert))
             found[ours] = _stored(ours, path, whole, expert, layout, narrow)
-    if parts:
-        raise broken(f"a part of tensor {short(min(parts))} is missing", "")
     return found
 
 

@@ -105,7 +105,7 @@ def targets(config: Mapping[str, Any], tensors: Mapping[str, Stored]) -> list[Ta
         if not (parameter := table.get(anywhere)) or not parameter.gguf:
             raise VicugnaError(f"GGUF has no name for tensor {short(name)}", "",
                                "Convert to a Hugging Face folder instead")
-        layout = special.get(_inner(anywhere), PLAIN)
+        layout = special.get(in_layer(name), PLAIN)
         for index, theirs in enumerate(one.replace("#", layer) for one in parameter.gguf):
             found.setdefault(theirs, Target(theirs, index, layout, [])
                              ).sources.append(tensors[name])
@@ -118,16 +118,15 @@ def _order(name: str) -> tuple[Any, ...]:
     return "embed" not in name, not numbers, numbers[:1], general(name)[1], numbers
 
 
-def _inner(general: str) -> str:
+def in_layer(name: str) -> str:
     """The name of a tensor in its layer, without its ending."""
-    return re.sub(r"^model\.layers\.#\.|\.(weight|bias)$", "", general)
+    return re.sub(r"^model\.layers\.[\d#]+\.|\.(weight|bias)$", "", name)
 
 
-def hf_name(name: str, kind: str) -> tuple[str, str, int, int]:
+def hf_name(name: str, kind: str) -> tuple[str, list[str]]:
     """Of a tensor of a file of this model_type: its name in a folder (* for an expert's number),
-    without layer and ending too, which part of it this is, and of how many."""
+    and the names of all tensors of the file that hold a part of that, in order."""
     layer, anywhere = general(name)
     if (found := names.of(kind).by_gguf.get(anywhere)) is None:
         raise broken(f"unexpected tensor {short(name)}", "")
-    return (found.name.replace("#", layer), _inner(found.name), found.gguf.index(anywhere),
-            len(found.gguf))
+    return found.name.replace("#", layer), [part.replace("#", layer) for part in found.gguf]

@@ -165,11 +165,6 @@ def _files(folder: Path) -> dict[int, list[str]]:
     return found
 
 
-def recognises(folder: Path) -> bool:
-    """Whether the checkpoint in `folder` is in this form. OSError."""
-    return find(folder) is not None
-
-
 def survey(folder: Path) -> Survey:
     """The survey of Meta's checkpoint in `folder`. Raises VicugnaError; OSError."""
     folder = find(folder) or folder
