@@ -9,6 +9,7 @@ import torch
 from kit import batch, network
 from torch._dynamo.utils import counters
 
+from vicugna.models.layers import flex
 from vicugna.training.compiling import compile_in_place, compile_layers
 from vicugna.training.loss import Loss
 from vicugna.training.objectives import next_token
@@ -51,3 +52,14 @@ def test_layers_are_compiled_on_gpus_only_and_in_training_only(monkeypatch: pyte
     Loss(net.eval(), next_token, "fp32")(batch(0))
     with pytest.raises(ZeroDivisionError):
         Loss(net.train(), next_token, "fp32")(batch(0))
+
+
+@pytest.mark.parametrize(("kind", "experts", "compiled"), [
+    ("llama4_text", {"num_local_experts": 4, "interleave_moe_layer_step": 2}, [0, 2]),
+    ("mixtral", {"num_local_experts": 4}, []), ("vicugna", {"num_experts": 4}, [])])
+def test_layers_of_experts_are_left_out(kind: str, experts: dict[str, int], compiled: list[int],
+                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flex, "kernel", lambda device: object())
+    net = network(kind, **experts)
+    compile_layers(net, torch.device("cuda"))
+    assert [n for n, layer in enumerate(net.model.layers) if "forward" in vars(layer)] == compiled

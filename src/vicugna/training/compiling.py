@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from vicugna.models.layers import flex
-from vicugna.models.layers.moe import Balanced, Router
+from vicugna.models.layers.moe import Experts
 
 
 def compile_layers(network: Any, device: torch.device) -> None:
@@ -15,7 +15,7 @@ def compile_layers(network: Any, device: torch.device) -> None:
     (see layers/flex.py). Layers of experts are left out: their shapes change with the routing."""
     if flex.kernel(device) is not None:
         for layer in network.model.layers:
-            if not any(isinstance(module, Router | Balanced) for module in layer.modules()):
+            if not any(isinstance(module, Experts) for module in layer.modules()):
                 compile_in_place(layer)
 
 
