@@ -184,13 +184,10 @@ def _run_stage(run: Run, stage: AnyStage, log: Log) -> None:
         log(f"{stage.name}: up to date")
         return
     attempt = ""
-    if run.ranks.first:
-        files.write_json(path / "started.json", {"inputs": inputs})
-        if not isinstance(stage, EvalSpec):  # each evaluation has its own
-            attempt = run.ledger.open(
-                stage.kind, run.recipe.purpose(stage.name), run.recipe.digest, code_version(),
-                data_digest, parents, run.folder.resolve().name)
-    run.ranks.wait()
+    if run.ranks.first and not isinstance(stage, EvalSpec):  # each evaluation has its own
+        attempt = run.ledger.open(
+            stage.kind, run.recipe.purpose(stage.name), run.recipe.digest, code_version(),
+            data_digest, parents, run.folder.resolve().name)
     log(f"{stage.name}: starting")
     with recorded(run.ledger, attempt, run.folder):
         digest, cost = (WORK[stage.kind](run, stage, path)
@@ -223,6 +220,8 @@ def _prepare(run: Run, path: Path, inputs: str, log: Log) -> None:
                 break
     path.mkdir(parents=True, exist_ok=True)
     files.sweep_temporaries(path)
+    if _started(path) is None:
+        files.write_json(path / "started.json", {"inputs": inputs})
 
 
 def _started(path: Path) -> str | None:

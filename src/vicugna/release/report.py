@@ -108,10 +108,7 @@ def _folders(run_folder: Path, wanted: set[str]) -> dict[str, Path]:
 
 def finite(value: Any) -> float | None:
     """A value from a file as a number, or None where it is none that can be shown."""
-    try:
-        return value if isinstance(value, int | float) and math.isfinite(value) else None
-    except OverflowError:
-        return None
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def _object(value: Any) -> dict[str, Any]:

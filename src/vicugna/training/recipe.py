@@ -60,12 +60,8 @@ class ModelSpec(Strict):
 class Stage(Strict):
     """What every stage has: what it does, and a name that no other stage of the recipe has."""
     kind: str
-    name: str = Field("", pattern="^[A-Za-z][A-Za-z0-9_-]*$")  # the kind, when it is not given
-
-    @model_validator(mode="after")
-    def _named(self) -> "Stage":
-        object.__setattr__(self, "name", self.name or self.kind)
-        return self
+    name: str = Field(default_factory=lambda stage: str(stage["kind"]),
+                      pattern="^[A-Za-z][A-Za-z0-9_-]*$")
 
 
 class TokenizerSpec(Stage):
@@ -249,34 +245,32 @@ def with_release(recipe: Recipe) -> tuple[Recipe, str]:
 
 def _check_order(recipe: Recipe, stage: AnyStage) -> None:
     """Raise VicugnaError when the stages ahead of a stage do not give what it needs."""
-    earlier, model = recipe.before(stage.name), recipe.model_before(stage.name)
-    tokenizers = [one.name for one in earlier if isinstance(one, TokenizerSpec)]
-    what = fix = ""
-    if isinstance(stage, TokenizerSpec):
-        if model or tokenizers:
+    model, earlier = recipe.model_before(stage.name), recipe.before(stage.name)
+    tokenizer = any(isinstance(one, TokenizerSpec) for one in earlier)
+    known = [START] * (recipe.model.start is not None) + [
+        one.name for one in earlier if isinstance(one, StageSpec)]
+    match stage:
+        case TokenizerSpec() if model or tokenizer:
             what = "a model has one tokenizer, and here it has one already"
-            fix = (f"Leave this stage out (--set stages.{stage.name}=null): the tokenizer is that "
-                   "of model.start" if model == START else
-                   "Leave this stage out, or put it before the first stage that trains")
-    elif isinstance(stage, StageSpec):
-        if not model and not tokenizers:
+            fix = ("Leave this stage out, or put it before the first stage that trains"
+                   if model != START else "Leave this stage out "
+                   f"(--set stages.{stage.name}=null): the tokenizer is that of model.start")
+        case StageSpec() if not model and not tokenizer:
             what = "a new network needs a tokenizer"
             fix = "Put {kind: tokenizer} first, or set model.start to a checkpoint"
-    elif model is None:
-        what, fix = "there is no model yet", "Put it after a stage that trains one"
-    elif isinstance(stage, EvalSpec):
-        known = [START] * (recipe.model.start is not None) + [
-            one.name for one in earlier if isinstance(one, StageSpec)]
-        for name in set(stage.compare) - {*known}:
-            what = f"compare: no training stage {name!r} comes before it"
-            fix = did_you_mean(name, known)
-    elif model == START:
-        what, fix = "no stage before it trains a model", "Put it after one that does"
-    elif not recipe.evidence(stage.name):
-        what = f"nothing scores the model of stage {model!r} before it is released"
-        fix = f"Put an eval stage between {model} and {stage.name}"
-    if what:
-        raise VicugnaError(what, f"stages.{stage.name}", fix)
+        case EvalSpec() | ReleaseSpec() if model is None:
+            what, fix = "there is no model yet", "Put it after a stage that trains one"
+        case EvalSpec() if unknown := sorted({*stage.compare} - {*known}):
+            what = f"compare: no training stage {unknown[0]!r} comes before it"
+            fix = did_you_mean(unknown[0], known)
+        case ReleaseSpec() if model == START:
+            what, fix = "no stage before it trains a model", "Put it after one that does"
+        case ReleaseSpec() if not recipe.evidence(stage.name):
+            what = f"nothing scores the model of stage {model!r} before it is released"
+            fix = f"Put an eval stage between {model} and {stage.name}"
+        case _:
+            return
+    raise VicugnaError(what, f"stages.{stage.name}", fix)
 
 
 def find(recipe: str | Path) -> Path:
