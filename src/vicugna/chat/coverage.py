@@ -2,10 +2,9 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import Any
 
-from vicugna.chat.messages import REASONING, Message, calls_of, reasoning_of
+from vicugna.chat.messages import Message, calls_of, json_object, reasoning_of
 from vicugna.tokenizer import END_THINK, THINK
 
 
@@ -24,37 +23,39 @@ def reasoning_apart(message: Message) -> Message:
 def left_out(message: Message, turn: str) -> str | None:
     """Which part of a message its rendered turn lacks: "reasoning", "content", "tool calls" or
     None. White space does not count; what is in JSON counts as well."""
-    left, reasoning, content = _squeezed(turn), reasoning_of(message), message.get("content")
+    turn, reasoning, content = _squeezed(turn), reasoning_of(message), message.get("content")
     parts = content if isinstance(content, list) else [{"type": "text", "text": content or ""}]
     texts = [part["text"] for part in parts if part["type"] == "text"]
-    for text in [reasoning, *texts]:
-        found = next((form for form in _forms(text) if form in left), None)
-        if found is None:
-            alone = reasoning and left_out({**message, **dict.fromkeys(REASONING)}, turn) is None
-            return "reasoning" if text is reasoning or alone else "content"
-        left = left.replace(found, "\0", 1) if found else left  # not to be found twice
+    left = _without([reasoning, *texts], turn)
+    if left is None:
+        return "content" if _without(texts, turn) is None else "reasoning"
     for call in calls_of(message):
         arguments = call["arguments"]
         if isinstance(arguments, str) and _squeezed(arguments) not in left:
-            with suppress(ValueError):
-                arguments = json.loads(arguments)
+            arguments = json_object(arguments) or arguments
         if not all(any(form in left for form in _forms(leaf))
                    for leaf in (call["name"], *_leaves(arguments))):
             return "tool calls"
     return None
 
 
-def _leaves(value: Any) -> Iterator[Any]:
+def _without(texts: list[str], turn: str) -> str | None:
+    """A turn without these texts, in which none is found twice; None if it lacks one of them."""
+    for text in texts:
+        found = next((form for form in _forms(text) if form in turn), None)
+        if found is None:
+            return None
+        turn = turn.replace(found, "\0", 1)
+    return turn
+
+
+def _leaves(value: Any) -> list[Any]:
     """The keys, texts and numbers in a JSON value."""
     if isinstance(value, dict):
-        for key, item in value.items():
-            yield key
-            yield from _leaves(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _leaves(item)
-    elif value is not None:
-        yield value
+        return [leaf for pair in value.items() for item in pair for leaf in _leaves(item)]
+    if isinstance(value, list):
+        return [leaf for item in value for leaf in _leaves(item)]
+    return [] if value is None else [value]
 
 
 def _forms(value: Any) -> Iterator[str]:

@@ -1,5 +1,7 @@
 """Messages of a chat: what is one, and which of their parts are images."""
 
+import json
+from contextlib import suppress
 from typing import Any
 
 from vicugna.errors import VicugnaError
@@ -48,6 +50,14 @@ def reasoning_of(message: Message) -> str:
 def calls_of(message: Message) -> list[dict[str, Any]]:
     """A message's tool calls, each {"name": text, "arguments": an object or text}."""
     return [call.get("function", call) for call in message.get("tool_calls") or []]
+
+
+def json_object(text: str | dict[str, Any]) -> dict[str, Any] | None:
+    """The object that a call's arguments are JSON text of, if they are."""
+    with suppress(ValueError, RecursionError):
+        if isinstance(text, str) and isinstance(value := json.loads(text), dict):
+            return value
+    return None
 
 
 def _problem(message: Any) -> str | None:

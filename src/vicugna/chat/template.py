@@ -1,10 +1,8 @@
 """From messages to tokens through the chat template, in which no user-provided text can become a
 special token."""
 
-import json
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from datetime import date as Date
 from functools import lru_cache, partial
 from itertools import chain
@@ -18,6 +16,7 @@ from vicugna.chat.messages import (
     check_messages,
     check_tools,
     is_parts,
+    json_object,
     reasoning_of,
 )
 from vicugna.chat.worker import WORKER
@@ -141,14 +140,6 @@ def _as_templates_expect(message: Message) -> Message:
     return {**message, **dict.fromkeys(REASONING, reasoning)} if reasoning else message
 
 
-def _json_object(text: str | dict[str, Any]) -> dict[str, Any] | None:
-    """The object that a call's arguments are JSON text of, if they are."""
-    with suppress(ValueError, RecursionError):
-        if isinstance(text, str) and isinstance(value := json.loads(text), dict):
-            return value
-    return None
-
-
 class _Rendering:
     """Renders one chat, or its beginnings, so that user-provided text cannot spell a special token.
 
@@ -168,7 +159,7 @@ class _Rendering:
         check_messages(messages)
         check_tools(tools)
         messages = list(map(_as_templates_expect, messages))
-        values = [_json_object(call["arguments"])
+        values = [json_object(call["arguments"])
                   for message in messages for call in calls_of(message)]
         texts: list[str] = []
         _mapped([messages, tools, values], texts.append)

@@ -3,12 +3,14 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import tokenizers
 
+from vicugna import files
 from vicugna.errors import VicugnaError
-from vicugna.tokenizer.model_file import panics_caught
 
 ADDED = 20_000  # tokens beside the vocabulary; Llama 4 has 2,048
 GROWTH = 100  # factor by which a text may grow
@@ -42,13 +44,21 @@ def _growth(part: Any) -> float:
 
 
 @contextmanager
-def text_errors() -> Iterator[None]:
-    """Raise what the library raises over a text, its panics too, as VicugnaErrors."""
+def library_errors(what: str, path: str | Path, fix: str = "Get the file again"
+                   ) -> Iterator[None]:
+    """Raise what the library raises over a file, its panics too, as VicugnaErrors."""
     try:
-        with panics_caught():
-            yield
+        yield
     except VicugnaError:
         raise
-    except Exception as error:
-        raise VicugnaError(f"the tokenizer fails on this text: {error}", "tokenizer.json",
-                           "Get the file again, or try another text") from error
+    except BaseException as error:  # a panic is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        if isinstance(path, Path) and path.name == "tokenizer.json":
+            files.read_json(path)  # raises a clearer error where it is not JSON
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise VicugnaError(f"{what}: {reason}", str(path), fix) from error
+
+
+text_errors = partial(library_errors, "the tokenizer fails on this text", "tokenizer.json",
+                      "Get the file again, or try another text")

@@ -10,7 +10,6 @@ import json
 import struct
 from base64 import b64decode
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +20,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from vicugna import files
 from vicugna.errors import VicugnaError
 from vicugna.tokenizer import byte_level
+from vicugna.tokenizer.limits import library_errors
 from vicugna.tokenizer.settings import Settings
 
 MAX_BYTES = 24 * 10**6  # of a file; Mistral's have 19 million
@@ -38,26 +38,16 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # kinds of SentencePiec
 Text = TypeVar("Text", str, bytes)
 
 
-@contextmanager
-def panics_caught() -> Iterator[None]:
-    """Raise the library's panics, which `except Exception` lets pass, as ValueErrors."""
-    try:
-        yield
-    except BaseException as error:
-        if type(error).__name__ == "PanicException":
-            raise ValueError(str(error)) from error
-        raise
-
-
-def read(path: Path, version: str | None, legacy: bool) -> tuple[tokenizers.Tokenizer,
-                                                               dict[str, Any]]:
-    """The tokenizer in an original file, and its tokenizer_config.json. `version` and
-    `legacy` are `from_model_file`'s. Raises VicugnaError, within seconds on any file."""
-    with _refused(path):
-        data = _content(path)
-        if data.startswith(b"\n"):  # the key of the first piece
-            return _sentencepiece(data, legacy)
-        return _tekken(json.loads(data)) if data.startswith(b"{") else _ranks(data, version)
+def read(path: Path, version: str | None = None, legacy: bool = True
+         ) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+    """The tokenizer in an original file, and its tokenizer_config.json. `version` is
+    `from_model_file`'s. `legacy` (SentencePiece only) puts a space before what follows a special
+    token as well, as SentencePiece and tokenizer.json of Llama 2 and Mistral do; False is
+    transformers' `"legacy": false`. Raises whatever the file makes it, within seconds."""
+    data = _content(path)
+    if data.startswith(b"\n"):  # the key of the first piece
+        return _sentencepiece(data, legacy)
+    return _tekken(json.loads(data)) if data.startswith(b"{") else _ranks(data, version)
 
 
 def read_pair(path: Path, found: Settings) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
@@ -68,38 +58,24 @@ def read_pair(path: Path, found: Settings) -> tuple[tokenizers.Tokenizer, dict[s
         raise VicugnaError(f"vocab.json and merges.txt of tokenizer_class {str(kind)[:40]!r} are "
                            "not read", str(path), "Only Qwen2Tokenizer's are; add tokenizer.json")
     merges_path = path.with_name("merges.txt")
-    with _refused(merges_path):
+    with library_errors("not a tokenizer", merges_path):
         lines = _content(merges_path).decode().split("\n")
         pairs = [(left, right) for left, right in (
             line.split() for line in lines if line.strip() and not line.startswith("#version:"))]
-    with _refused(path):
-        ids = json.loads(_content(path))
-        if not (isinstance(ids, dict) and {type(id) for id in ids.values()} == {int}):
-            raise ValueError("it does not give every token a number")
-        if len(set(ids.values())) < len(ids):
-            raise ValueError("it has the same id twice")
-        if min(ids.values()) < 0 or max(ids.values()) >= MAX_TOKENS:
-            raise ValueError(f"its ids are not all between 0 and {MAX_TOKENS:,}")
-        if not byte_level.BYTES.keys() <= ids.keys():
-            raise ValueError("it has no token for some byte")
-        raw = byte_level.build(models.BPE(ids, pairs), byte_level.QWEN_2_SPLIT,
-                               found.config.get("add_prefix_space") is True)
-        raw.normalizer = normalizers.NFC()
+    ids = json.loads(_content(path))
+    if not (isinstance(ids, dict) and {type(id) for id in ids.values()} == {int}):
+        raise ValueError("it does not give every token a number")
+    if len(set(ids.values())) < len(ids):
+        raise ValueError("it has the same id twice")
+    if min(ids.values()) < 0 or max(ids.values()) >= MAX_TOKENS:
+        raise ValueError(f"its ids are not all between 0 and {MAX_TOKENS:,}")
+    if not byte_level.BYTES.keys() <= ids.keys():
+        raise ValueError("it has no token for some byte")
+    raw = byte_level.build(models.BPE(ids, pairs), byte_level.QWEN_2_SPLIT,
+                           found.config.get("add_prefix_space") is True)
+    raw.normalizer = normalizers.NFC()
     ending = dict.fromkeys(("eos_token", "pad_token", "unk_token"), "<|endoftext|>")
     return raw, {"bos_token": None, **ending, "clean_up_tokenization_spaces": False}
-
-
-@contextmanager
-def _refused(path: Path) -> Iterator[None]:
-    """Raise what the block raises over a broken file as VicugnaErrors about `path`."""
-    try:
-        with panics_caught():
-            yield
-    except VicugnaError:
-        raise
-    except Exception as error:  # the library raises plain Exception
-        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-        raise VicugnaError(f"not a tokenizer: {reason}", str(path), "Get the file again") from error
 
 
 def _content(path: Path) -> bytes:

@@ -16,7 +16,6 @@ from vicugna.errors import VicugnaError
 from vicugna.tokenizer import limits, model_file, settings
 from vicugna.tokenizer.byte_level import BYTES
 from vicugna.tokenizer.encoder import Encoder
-from vicugna.tokenizer.model_file import panics_caught
 from vicugna.tokenizer.settings import Settings
 
 # The first that is there is read.
@@ -37,24 +36,22 @@ def valid_unicode(text: str, where: str = "text") -> str:
     return text
 
 
-def from_model_file(path: str | Path, version: str | None = None, legacy: bool = True
-                    ) -> "Tokenizer":
+def from_model_file(path: str | Path, version: str | None = None) -> "Tokenizer":
     """The tokenizer in `tokenizer.model`, be it SentencePiece's (Llama 1, 2, Mistral) or the ranks
     of tiktoken (Llama 3, 4), or in `tekken.json` (later Mistrals). It has no chat template.
 
     `version` is "3", "3.1" (3.2 and 3.3 too) or "4": it names the special tokens of ranks, which
-    the file does not; None tells 3.1 from 4 by its size. `legacy` (SentencePiece only) puts a space
-    before what follows a special token as well, as SentencePiece and tokenizer.json of Llama 2 and
-    Mistral do; False is transformers' `"legacy": false`. Raises VicugnaError.
+    the file does not; None tells 3.1 from 4 by its size. Raises VicugnaError.
     """
     path = Path(path)
     if version not in (None, *model_file.VERSIONS):
         raise VicugnaError(f"there is no version {version!r} of Llama's special tokens", str(path),
                            f"Use one of {', '.join(model_file.VERSIONS)}")
-    raw, config = model_file.read(path, version, legacy)
-    stops = [raw.token_to_id(name) for name in END_TOKENS if name.startswith("<|eo")]
     self = Tokenizer.__new__(Tokenizer)
-    self._set_up("", raw, Settings(config, ids={"eos": [id for id in stops if id is not None]}))
+    with limits.library_errors("not a tokenizer", path):
+        raw, config = model_file.read(path, version)
+        stops = map(raw.token_to_id, (name for name in END_TOKENS if name.startswith("<|eo")))
+        self._set_up("", raw, Settings(config, ids={"eos": [id for id in stops if id is not None]}))
     return self
 
 
@@ -71,34 +68,24 @@ class Tokenizer:
         folder = Path(folder)
         path = next((folder / name for name in FILES if (folder / name).exists()),
                     folder / FILES[0])
-        try:
+        with limits.library_errors("not a tokenizer", path):
             found = settings.read(folder)
             if path.name == FILES[0]:
                 self._set_up(files.read_text(path), None, found)
             else:
-                raw, config = (model_file.read_pair(path, found) if path.name == "vocab.json" else
-                               model_file.read(path, None,
-                                               found.config.get("legacy") is not False))
+                raw, config = (
+                    model_file.read_pair(path, found) if path.name == "vocab.json" else
+                    model_file.read(path, legacy=found.config.get("legacy") is not False))
                 self._set_up("", raw, replace(found, config={**config, **found.config}))
-        except VicugnaError:
-            raise
-        except Exception as error:  # the library raises plain Exception
-            if path.suffix == ".json":
-                files.read_json(path)  # raises a clearer error where it is not JSON
-            raise VicugnaError(f"not a tokenizer: {error}", str(path), "Get it again") from error
 
     @classmethod
-    def of(cls, tokenizer_json: str, config: dict[str, Any], template: str | None,
-           end_ids: Iterable[int] = ()) -> "Tokenizer":
-        """A tokenizer from the contents of its three files; `end_ids` are further ids that end a
-        text, as generation_config.json may have."""
+    def of(cls, tokenizer_json: str, config: dict[str, Any], template: str | None) -> "Tokenizer":
+        """A tokenizer from the contents of its three files."""
         self = cls.__new__(cls)
         self._set_up(tokenizer_json, None, Settings(
-            config, templates={} if template is None else {"default": template},
-            ids={"eos": list(end_ids)}))
+            config, templates={} if template is None else {"default": template}))
         return self
 
-    @panics_caught()
     def _set_up(self, tokenizer_json: str, raw: tokenizers.Tokenizer | None,
                 found: Settings) -> None:
         if re.search(r'"continuing_subword_prefix"\s*:\s*"[^"]', tokenizer_json):
