@@ -1,7 +1,7 @@
 """From images in a chat to tiles of pixels, and to the tokens that stand for them.
 
 The same pixels and tokens as transformers' Llama4Processor makes (image_processing_llama4.py,
-processing_llama4.py). A image is laid on the canvas of up to `max_patches` tiles that shows it
+processing_llama4.py). An image is laid on the canvas of up to `max_patches` tiles that shows it
 best, and cut; where that makes several tiles, one of the whole image follows.
 """
 
@@ -21,14 +21,14 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from vicugna.chat.image_settings import ImageSettings
-from vicugna.chat.messages import Message, check_messages, image_parts
+from vicugna.chat.messages import Message, image_parts
 from vicugna.chat.template import encode
 from vicugna.errors import VicugnaError
 from vicugna.tokenizer import Tokenizer
 from vicugna.tokenizer.settings import PROCESSORS
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP")
-MAX_PIXELS = 50_000_000  # of a image: a small file may claim any number
+MAX_PIXELS = 50_000_000  # of an image: a small file may claim any number
 IMAGE, PATCH = "<|image|>", "<|patch|>"
 MARKS = ("<|image_start|>", "<|image_end|>", "<|tile_x_separator|>", "<|tile_y_separator|>")
 Grid = tuple[int, int]  # rows and columns of tiles
@@ -44,7 +44,6 @@ def encode_with_images(tokenizer: Tokenizer, messages: list[Message], tile_size:
     pixels a side as `tile_tokens` tokens `image_token_id` each. Raises VicugnaError for anything
     else, and images that this model or its chat template cannot take.
     """
-    check_messages(messages)
     parts = image_parts(messages)
     settings = _settings(tokenizer, tile_size, tile_tokens, image_token_id)
     made = [tiles(_opened(part, f"messages[{m}].content[{p}]"), settings)
@@ -120,7 +119,7 @@ def _file(source: Any, part: Message, where: str) -> Path | BytesIO:
         raise VicugnaError("only data: URLs are read, since nothing is fetched from the network",
                            where, "Get the image yourself, and give it or its path")
     if not isinstance(source, str | Path):
-        raise VicugnaError(f"a image cannot be of type {type(source).__name__}", where,
+        raise VicugnaError(f"an image cannot be of type {type(source).__name__}", where,
                            "Give one of Pillow's, a path or a data: URL")
     if not Path(source).is_file():
         raise VicugnaError("no such file", str(source)[:200], "Check the path")
@@ -130,10 +129,10 @@ def _file(source: Any, part: Message, where: str) -> Path | BytesIO:
 def _checked(image: Image.Image, where: str) -> Image.Image:
     """The image, of which only the size and mode have been read."""
     if not 1 <= image.width * image.height <= MAX_PIXELS:
-        raise VicugnaError(f"a image of {image.width} * {image.height} pixels", where,
+        raise VicugnaError(f"an image of {image.width} * {image.height} pixels", where,
                            f"Give one of up to {MAX_PIXELS:,}")
     if image.mode[0] in "IF":  # which Pillow would not scale but clip: white
-        raise VicugnaError(f"a image of mode {image.mode}, more than 8 bits deep", where,
+        raise VicugnaError(f"an image of mode {image.mode}, more than 8 bits deep", where,
                            "Convert it to 8 bits for each colour")
     return image
 
@@ -167,7 +166,7 @@ def _resized(pixels: Tensor, height: int, width: int) -> Tensor:
 
 
 def _fit(height: int, width: int, settings: ImageSettings) -> tuple[Grid, tuple[int, int]]:
-    """The grid of tiles for a image of this size, and the size it has on them.
+    """The grid of tiles for an image of this size, and the size it has on them.
 
     That is the grid on which it need not shrink (or as little as possible) and, then, grows as
     little as possible (as much, with resize_to_max_canvas); of those, the one of the fewest tiles.

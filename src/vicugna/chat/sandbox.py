@@ -80,24 +80,21 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.swaps: list[tuple[str, str]] = []  # parts to escape, and the marks
         self.now = datetime.now()
 
-    def escape(self, text: str) -> str:
-        """The text with the first character of each escaped part replaced by its mark."""
-        for part, mark in self.swaps:
-            text = text.replace(part, mark + part[1:])
-        return text
+    def escape(self, value: Any) -> Any:
+        """A text with the first character of each escaped part replaced by its mark."""
+        for part, mark in self.swaps if isinstance(value, str) else ():
+            value = value.replace(part, mark + part[1:])
+        return value
 
     def compared(self, value: Any) -> Any:
         """A value escaped for comparison: a text, a list's items, an object's keys."""
-        if not self.swaps:
-            return value
-        if isinstance(value, str):
-            return self.escape(value)
-        if isinstance(value, list | tuple):
-            items = [self.escape(x) if isinstance(x, str) else x for x in value]
-            return items if isinstance(value, list) else tuple(items)
+        if isinstance(value, list):
+            return [self.escape(item) for item in value]
+        if isinstance(value, tuple):
+            return tuple(map(self.escape, value))
         if isinstance(value, dict):
-            return {self.escape(x) if isinstance(x, str) else x: y for x, y in value.items()}
-        return value
+            return {self.escape(key): item for key, item in value.items()}
+        return self.escape(value)
 
     def compares(self, work: Any) -> Any:
         """A test that escapes its values where it compares two."""

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date as Date
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -123,21 +123,17 @@ def open_stream(specs: Sequence[str | dict[str, Any] | SourceSpec], tokenizer: T
 
 def texts(specs: Sequence[str | dict[str, Any] | SourceSpec], limit_bytes: int = 16_000_000
           ) -> Iterator[str]:
-    """About `limit_bytes` of text from the sources, by weight, to learn a tokenizer from."""
+    """About `limit_bytes` of text from the sources, by weight and without the form of chats, to
+    learn a tokenizer from."""
     parsed = parse_specs(specs)
     total = sum(spec.weight for spec in parsed)
     for spec in parsed:
         left = limit_bytes * spec.weight / total
-        for text in _plain_texts(spec):
+        every = ((as_text(draw_item(spec, "train", 0, k, 0)) for k in count())
+                 if spec.source.startswith(TASK) else
+                 chain.from_iterable(map(plain_texts, documents(spec))))
+        for text in every:
             yield text[:int(left) + 1]
             left -= len(text.encode())
             if left <= 0:
                 break
-
-
-def _plain_texts(spec: SourceSpec) -> Iterator[str]:
-    """A source as mere text, without the form of chats."""
-    if spec.source.startswith(TASK):
-        yield from (as_text(draw_item(spec, "train", 0, k, 0)) for k in count())
-    for document in documents(spec):
-        yield from plain_texts(document)

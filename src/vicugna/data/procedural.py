@@ -101,7 +101,7 @@ class TaskRows:
         slope = (long - short) / max(1.0, tokens[1] - tokens[0])
         return slope, max(0.0, tokens[0] - short / slope)
 
-    def _made(self, k: int, j: int, length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def _made(self, k: int, j: int, length: int) -> tuple[np.ndarray, np.ndarray]:
         item = draw_item(self._spec, self._split, self._seed, k, j, length)
         if self._spec.form == "text":
             ids = [self._tokenizer.bos_id, *self._tokenizer.encode(as_text(item)),
