@@ -67,11 +67,10 @@ def main() -> NoReturn:
             _exit("interrupted. A run resumes where it stopped: repeat the command", 130)
         if isinstance(error, OSError):
             _exit(str(storage_error(error, error.filename or "a file")), 2)
-        format_message = getattr(error, "format_message", None)
-        if format_message is None:
-            _exit(f"unexpected {type(error).__name__}: {error}. Run with --debug for the place, "
-                 "and please report it", 2)
-        _exit(format_message(), 2)
+        if hasattr(error, "format_message"):  # Typer's, of wrong usage
+            _exit(error.format_message(), 2)
+        _exit(f"unexpected {type(error).__name__}: {error}. Run with --debug for the place, "
+              "and please report it", 2)
 
 
 def _exit(line: str, code: int) -> NoReturn:

@@ -96,7 +96,6 @@ def _interactive(conversation: Chat) -> None:
 
 
 def _handle(conversation: Chat, text: str, as_json: bool = False) -> None:
-    """Handle one line of input: a command or a message."""
     name, _, rest = text.partition(" ")
     if name in ("/exit", "/quit"):
         raise typer.Exit

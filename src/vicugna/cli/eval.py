@@ -41,18 +41,16 @@ def evaluate(
     from vicugna.training.recipe import DATE, EvalSpec, read
 
     loaded = vicugna.load(model, dtype, device)
-    if loaded.tokenizer is None:
-        raise VicugnaError("the model has no tokenizer", model, "Add its tokenizer files")
-    day, own_tasks = date and date.date(), {}
+    tokenizer, day, own_tasks = loaded.text_tokenizer(), date and date.date(), {}
     if items is not None:
-        plan, task = evals.plan_items(items, loaded.tokenizer, day or DATE, max_new_tokens)
+        plan, task = evals.plan_items(items, tokenizer, day or DATE, max_new_tokens)
         own_tasks, source = {task.name: task}, files.digest_file(items)
     elif recipe is not None:
         asked = read(recipe)
         stages = [stage for stage in asked.stages if isinstance(stage, EvalSpec)]
         if not stages:
             raise VicugnaError("the recipe has no eval stage", recipe, "Add one")
-        plan = evals.build_plan(stages[-1].groups, loaded.tokenizer, day or asked.date)
+        plan = evals.build_plan(stages[-1].groups, tokenizer, day or asked.date)
         batch, source = stages[-1].batch, asked.digest
     folder = out or workspace / "evals" / f"{loaded.digest[:12]}-{plan.digest[:12]}"
     results = run_evaluation(loaded, plan, batch, folder, Ledger(workspace / "ledger.sqlite"),

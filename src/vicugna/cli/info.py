@@ -36,7 +36,6 @@ def info(
 
 
 def _facts(found: "Survey", network: Any) -> dict[str, Any]:
-    """What the headers, config.json and the tokenizer's files say."""
     from vicugna.models import counts
 
     config, tok = network.config, found.tokenizer
@@ -71,7 +70,6 @@ def _dtypes(found: "Survey") -> Counter[str]:
 
 
 def _text(value: Any) -> str:
-    """A fact for people."""
     if isinstance(value, dict):
         return ", ".join(f"{name}: {size:,} bytes" for name, size in value.items())
     if isinstance(value, bool):

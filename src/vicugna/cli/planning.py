@@ -7,7 +7,6 @@ are in docs/guide.md.
 import math
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +113,8 @@ def _gpus(gpu: Gpu, need: float) -> int:
 def subject(what: str) -> Subject:
     """The model that `what` names: one of published.yaml by name or Hub id, a config.json, a
     checkpoint in any format, or a recipe (.yaml). VicugnaError otherwise."""
-    known, wanted = _published()["models"], what.lower().replace("-instruct", "")
+    published = Path(__file__).with_name("published.yaml").read_text(encoding="utf-8")
+    known, wanted = yaml.safe_load(published)["models"], what.lower().replace("-instruct", "")
     for name, model in known.items():
         if wanted in (name, model["source"].lower().replace("-instruct", "")):
             return Subject(name, model["source"], model["config"], model.get("note"))
@@ -133,8 +133,3 @@ def subject(what: str) -> Subject:
     with disk_errors(path):
         config = read_object(file.parent, file.name)
     return Subject(path.parent.name if path.name == "config.json" else path.stem, str(path), config)
-
-
-@cache
-def _published() -> dict[str, Any]:
-    return yaml.safe_load(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8"))

@@ -106,13 +106,11 @@ def _chosen_letter(reply: str) -> str | None:
 
 def _found(answer: str, text: str) -> bool:
     """Whether `answer` stands in `text`, not inside a longer word or number."""
-    at = text.find(answer)
-    while at >= 0:
-        before, after = text[max(at - 2, 0):at][::-1], text[at + len(answer):at + len(answer) + 2]
+    for match in re.finditer(rf"(?=(?:{re.escape(answer)})(.?.?))", text, re.DOTALL):
+        before, after = text[max(match.start() - 2, 0):match.start()][::-1], match[1]
         if not (_continues(answer[0], before) or _continues(answer[-1], after)
                 or re.match(rf"-{WORD}", before) or re.match(r"[+#](?!\w)|'t", after)):
             return True
-        at = text.find(answer, at + 1)
     return False
 
 

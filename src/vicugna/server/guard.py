@@ -14,8 +14,6 @@ LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 PUBLIC = frozenset({"/", "/health"})  # need no API key
 HEADERS = {"X-Content-Type-Options": "nosniff", "Cross-Origin-Resource-Policy": "same-origin",
            "Cache-Control": "no-store"}
-
-
 _ORIGIN = re.compile(r"(https?)://(\[[0-9a-f:.]+\]|[^\s/@?#\\:\[\]]+?)\.?(?::(\d*))?")
 
 
@@ -36,12 +34,13 @@ def normalise(origin: str) -> str | None:
 
 def public_origins(origins: Iterable[str]) -> frozenset[str]:
     """The values of --origin, normalised; VicugnaError for what is not an origin."""
-    normalised = {origin: normalise(origin.removesuffix("/")) for origin in origins}
-    for origin, result in normalised.items():
-        if result is None:
+    normalised = set[str]()
+    for origin in origins:
+        if (result := normalise(origin.removesuffix("/"))) is None:
             raise VicugnaError(f"{origin!r} is not an origin", "--origin",
                                "Write scheme and name, without a path: https://chat.example.org")
-    return frozenset(filter(None, normalised.values()))
+        normalised.add(result)
+    return frozenset(normalised)
 
 
 def _name(origin: str) -> str:
