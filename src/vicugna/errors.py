@@ -29,6 +29,11 @@ class Refused(VicugnaError):
     exit_code = 1
 
 
+def config_error(what: str, fix: str = "Correct it, or restore the original") -> VicugnaError:
+    """The error about a config.json whose values are impossible, or not supported."""
+    return VicugnaError(what, "config.json", fix)
+
+
 def did_you_mean(name: object, known: Iterable[str]) -> str:
     """What to do about an unknown `name`: the nearest of `known`, or else all of them."""
     known = list(known)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vicugna.errors import VicugnaError, did_you_mean
+from vicugna.errors import config_error, did_you_mean
 
 # model_type -> the file that defines it.
 ARCHITECTURES = {name: name for name in (
@@ -22,7 +22,7 @@ def architecture(model_type: str | None) -> ModuleType:
     if isinstance(model_type, str) and model_type in ARCHITECTURES:
         return import_module(f"vicugna.models.{ARCHITECTURES[model_type]}")
     what = "missing model_type" if model_type is None else f"unknown model_type {model_type!r}"
-    raise VicugnaError(what, "config.json", did_you_mean(model_type, ARCHITECTURES))
+    raise config_error(what, did_you_mean(model_type, ARCHITECTURES))
 
 
 def read_config(config: Mapping[str, Any]) -> Any:

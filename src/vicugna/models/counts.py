@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vicugna import models
-from vicugna.errors import VicugnaError
+from vicugna.errors import config_error
 from vicugna.models.layers.mask import Span
 from vicugna.models.layers.norm import RMSNorm
 
@@ -118,15 +118,13 @@ def shaped(config: Mapping[str, Any]) -> nn.Module:
     for part in (config, *(part for part in config.values() if isinstance(part, Mapping))):
         for key, most in MOST.items():
             if isinstance(number := part.get(key), int) and number > most:
-                raise VicugnaError(f"{key} is {number:,}", "config.json",
-                                   f"At most {most:,} are counted")
+                raise config_error(f"{key} is {number:,}", f"At most {most:,} are counted")
     try:
         with torch.device("meta"):
             return models.build(config)
     except (ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise VicugnaError(f"no network can be built from it: {reason}", "config.json",
-                           "Correct its values") from error
+        raise config_error(f"no network can be built from it: {reason}") from error
 
 
 def _size(tensors: Iterable[Tensor]) -> int:

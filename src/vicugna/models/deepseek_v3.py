@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vicugna.errors import VicugnaError
+from vicugna.errors import config_error
 from vicugna.models.layers import decoder, rope
 from vicugna.models.layers.attention import Attend
 from vicugna.models.layers.config import Shape
@@ -96,8 +96,7 @@ class Config(Shape):
                 *((name, getattr(self, name) in (None, value), f"only {value!r} is supported")
                   for name, value in ONLY.items())):
             if not fine:
-                raise VicugnaError(f"{name} is {getattr(self, name)!r}, but {fact}", "config.json",
-                                   "Restore the keys from the original checkpoint")
+                raise config_error(f"{name} is {getattr(self, name)!r}, but {fact}")
 
     def to_dict(self) -> dict[str, Any]:
         """config.json's content."""

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vicugna.errors import VicugnaError
+from vicugna.errors import VicugnaError, config_error
 from vicugna.models import llama
 from vicugna.models.layers import decoder, rope
 from vicugna.models.layers.attention import Attend
@@ -77,8 +77,7 @@ class Config(Shape):
         if values.get("model_type") == "llama4":
             text, vision = (values.get(key) or {} for key in ("text_config", "vision_config"))
             if not isinstance(text, Mapping) or not isinstance(vision, Mapping):
-                raise VicugnaError("text_config or vision_config is not a mapping", "config.json",
-                                   "Restore the keys from the original checkpoint")
+                raise config_error("text_config or vision_config is not a mapping")
             values = {**{key: values[key] for key in IMAGE_KEYS if key in values}, **text,
                       "vision_config": VisionConfig.from_dict(vision)}
         else:
@@ -96,10 +95,10 @@ class Config(Shape):
         for name, known in (("no_rope_layers", (0, 1)), ("layer_types", (CHUNKED, FULL))):
             listed, N = getattr(self, name), self.num_hidden_layers
             if listed and (len(listed) < N or any(kind not in known for kind in listed)):
-                raise _wrong(name, listed, f"It must give each of {N} layers {known[0]!r} or "
-                             f"{known[1]!r}")
+                raise config_error(f"{name} is {listed}", f"It must give each of {N} layers "
+                                   f"{known[0]!r} or {known[1]!r}")
         if not all(isinstance(n, int) for n in self.moe_layers or ()):
-            raise _wrong("moe_layers", self.moe_layers, "It must be a list of layers")
+            raise config_error(f"moe_layers is {self.moe_layers}", "It must be a list of layers")
 
     def has_rope(self, layer: int) -> bool:
         """Whether `layer` has rotary position embedding."""
@@ -130,10 +129,6 @@ class Config(Shape):
         return {"model_type": "llama4", "architectures": ["Llama4ForConditionalGeneration"],
                 "text_config": text, "vision_config": self.vision_config.to_dict(), **images,
                 "tie_word_embeddings": self.tie_word_embeddings}
-
-
-def _wrong(name: str, value: Any, fix: str) -> VicugnaError:
-    return VicugnaError(f"{name} is {value}", "config.json", fix)
 
 
 class Attention(llama.Attention):

@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from vicugna.errors import VicugnaError
+from vicugna.errors import config_error
 from vicugna.models import llama, mistral
 from vicugna.models.layers import decoder, rope
 from vicugna.models.layers.mlp import SwiGLU
@@ -43,7 +43,7 @@ class Config(mistral.Config):
         for key in ("llama_4_scaling_beta", rope.ORIGINAL):
             value = (self.rope_scaling or {}).get(key)
             if not isinstance(value, int | float) or value <= 0:
-                raise VicugnaError(f"{key} of rope_parameters is {value!r}", "config.json",
+                raise config_error(f"{key} of rope_parameters is {value!r}",
                                    "Ministral 3 needs YaRN with this key")
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
-from vicugna.errors import VicugnaError
+from vicugna.errors import config_error
 from vicugna.models import ministral3, mistral
 from vicugna.models.layers import decoder
 
@@ -34,8 +34,7 @@ class Config(mistral.Config):
         text = values.get("text_config")
         kind = str(text.get("model_type", "mistral")) if isinstance(text, Mapping) else ""
         if not isinstance(text, Mapping) or kind not in TEXTS:
-            raise VicugnaError(f"text_config is not of a {' or a '.join(TEXTS)}", "config.json",
-                               "Restore the key from the original checkpoint")
+            raise config_error(f"text_config is not of a {' or a '.join(TEXTS)}")
         tied = values.get("tie_word_embeddings")
         given = text if tied is None else {**text, "tie_word_embeddings": tied}
         read = TEXTS[kind].Config.from_dict({**given, "model_type": kind})
@@ -66,8 +65,7 @@ def vision_parameters(config: Config) -> int:
     def size(of: Any, key: str, default: int) -> int:
         number = of.get(key, default) if isinstance(of, Mapping) else None
         if type(number) is not int or number < 1:
-            raise VicugnaError(f"{key} of the vision encoder is {number!r}", "config.json",
-                               "Restore vision_config from the original checkpoint")
+            raise config_error(f"{key} of the vision encoder is {number!r}")
         return number
 
     C, F = size(vision, "hidden_size", 1024), size(vision, "intermediate_size", 4096)

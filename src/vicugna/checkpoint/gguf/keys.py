@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vicugna import models
 from vicugna.checkpoint.stored import broken, short
-from vicugna.errors import VicugnaError
+from vicugna.errors import VicugnaError, config_error
 from vicugna.models.layers import rope
 from vicugna.models.layers.mask import Span
 
@@ -73,16 +73,16 @@ def parsed(config: Mapping[str, Any]) -> Any:
     kind = config.get("model_type")
     module = models.architecture(kind)
     if kind == "vicugna":
-        raise VicugnaError("our own architecture cannot be represented in GGUF, since llama.cpp "
-                           "does not compute it", "config.json", "Serve it with vicugna")
+        raise config_error("our own architecture cannot be represented in GGUF, since llama.cpp "
+                           "does not compute it", "Serve it with vicugna")
     if kind not in ARCHITECTURES:
-        raise VicugnaError(f"model_type {kind!r} is not written as GGUF", "config.json",
+        raise config_error(f"model_type {kind!r} is not written as GGUF",
                            f"Only {', '.join(ARCHITECTURES)} are; convert to a Hugging Face folder")
     return module.Config.from_dict(config)
 
 
 def _not_in_gguf(what: str) -> VicugnaError:
-    return VicugnaError(f"{what} cannot be represented in GGUF", "config.json",
+    return config_error(f"{what} cannot be represented in GGUF",
                         "Convert to a Hugging Face folder instead")
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Self, get_args, get_origin
 
-from vicugna.errors import VicugnaError
+from vicugna.errors import config_error
 from vicugna.models.layers import rope
 from vicugna.models.layers.mask import Span
 
@@ -44,19 +44,18 @@ class Shape:
         values = {key: value for key, value in config.items()
                   if value is not None or key in nullable}
         if values.get("hidden_act", "silu") not in ("silu", "swish"):
-            raise VicugnaError(f"hidden_act {values['hidden_act']!r} is not supported",
-                               "config.json", "Only silu is")
+            raise config_error(f"hidden_act {values['hidden_act']!r} is not supported",
+                               "Only silu is")
         width, heads = values.get("hidden_size"), values.get("num_attention_heads")
         required = {field.name for field in fields if field.default is dataclasses.MISSING}
         if missing := sorted(required - {"head_dim", "num_key_value_heads"} - values.keys()):
-            raise VicugnaError(f"missing {', '.join(missing)}", "config.json",
-                               "Restore the keys from the original checkpoint")
+            raise config_error(f"missing {', '.join(missing)}")
         values.setdefault("num_key_value_heads", heads)
         if "head_dim" not in values and isinstance(width, int) and isinstance(heads, int):
             if heads > 0 and width % heads:
-                raise VicugnaError(
+                raise config_error(
                     f"hidden_size {width} is not divisible by num_attention_heads {heads}",
-                    "config.json", "Choose a width that is a multiple of the heads")
+                    "Choose a width that is a multiple of the heads")
             values["head_dim"] = width // max(heads, 1)
         return cls(**{field.name: typed(field.name, values[field.name], field.type)
                       for field in fields if field.name in values})
@@ -67,16 +66,16 @@ class Shape:
                 self.at_least(field.name, 0 if field.name in self.MAY_BE_ZERO else 1)
         heads, groups = self.num_attention_heads, self.num_key_value_heads
         if heads % groups:
-            raise VicugnaError(
+            raise config_error(
                 f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}",
-                "config.json", "Choose key/value heads that divide the query heads")
+                "Choose key/value heads that divide the query heads")
         if self.head_dim % 2:
-            raise VicugnaError(f"head_dim {self.head_dim} is odd", "config.json",
+            raise config_error(f"head_dim {self.head_dim} is odd",
                                "Rotary embedding needs an even head_dim")
         if self.rope_theta <= 0 or self.rms_norm_eps < 0:
-            raise VicugnaError(f"rope_theta is {self.rope_theta} and rms_norm_eps is "
-                               f"{self.rms_norm_eps}", "config.json",
-                               "rope_theta must be positive, rms_norm_eps not negative")
+            raise config_error(
+                f"rope_theta is {self.rope_theta} and rms_norm_eps is {self.rms_norm_eps}",
+                "rope_theta must be positive, rms_norm_eps not negative")
         scaling = getattr(self, "rope_scaling", None)
         rope.inverse_frequencies(2, self.rope_theta, scaling)  # raises for an impossible one
 
@@ -91,13 +90,13 @@ class Shape:
     def at_least(self, name: str, least: int) -> None:
         """Raise VicugnaError if the field `name` is below `least`; None is not."""
         if (value := getattr(self, name)) is not None and value < least:
-            raise VicugnaError(f"{name} is {value}", "config.json", f"It must be at least {least}")
+            raise config_error(f"{name} is {value}", f"It must be at least {least}")
 
     def check_experts(self, experts: str) -> None:
         """Raise VicugnaError if num_experts_per_tok is not from 1 to the field `experts`."""
         chosen, most = (getattr(self, name) for name in ("num_experts_per_tok", experts))
         if not 1 <= chosen <= most:
-            raise VicugnaError(f"num_experts_per_tok is {chosen}", "config.json",
+            raise config_error(f"num_experts_per_tok is {chosen}",
                                f"It must be from 1 to {experts} ({most})")
 
 
@@ -110,14 +109,12 @@ def rope_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(scaling, Mapping) or any(isinstance(x, Mapping) for x in scaling.values()):
-        raise VicugnaError("rope_scaling is not one set of keys for all layers", "config.json",
-                           "Restore the key from the original checkpoint")
+        raise config_error("rope_scaling is not one set of keys for all layers")
     scaling = dict(scaling)
     theta = scaling.pop("rope_theta", config.get("rope_theta"))
     share = scaling.pop("partial_rotary_factor", config.get("partial_rotary_factor"))
     if share not in (None, 1):
-        raise VicugnaError(f"partial_rotary_factor {share!r} is not supported", "config.json",
-                           "Only 1 is")
+        raise config_error(f"partial_rotary_factor {share!r} is not supported", "Only 1 is")
     kind, longest = rope.kind_of(scaling), config.get("max_position_embeddings")
     if kind in ("llama3", "yarn"):
         known = (config.get(rope.ORIGINAL), scaling.get(rope.ORIGINAL), longest)
@@ -136,8 +133,7 @@ def typed(name: str, value: Any, hint: Any) -> Any:
         return float(value)
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         names = " or ".join("null" if kind is NoneType else kind.__name__ for kind in kinds)
-        raise VicugnaError(f"{name} is {value!r}, not of type {names}", "config.json",
-                           "Correct the value")
+        raise config_error(f"{name} is {value!r}, not of type {names}")
     return value
 
 
@@ -146,9 +142,8 @@ def spans(kinds: Sequence[str], window: int | None, layers: int) -> list[Span]:
     impossible ones."""
     known = {"full_attention": Span(), "sliding_attention": Span(window)}
     if len(kinds) != layers or not all(kind in known for kind in map(str, kinds)):
-        raise VicugnaError(f"layer_types is not {layers} names among {', '.join(known)}",
-                           "config.json", "Restore the key from the original checkpoint")
+        raise config_error(f"layer_types is not {layers} names among {', '.join(known)}")
     if "sliding_attention" in kinds and (window is None or window < 1):
-        raise VicugnaError(f"sliding_window is {window}", "config.json",
+        raise config_error(f"sliding_window is {window}",
                            "Layers of sliding attention need at least 1")
     return [known[kind] for kind in kinds]

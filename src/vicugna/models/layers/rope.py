@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vicugna.errors import VicugnaError
+from vicugna.errors import config_error
 
 ORIGINAL = "original_max_position_embeddings"
 
@@ -27,7 +27,7 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: Mapping[str, Any] 
     if (kind := kind_of(scaling)) == "default":
         return inverse
     if kind not in ("linear", "llama3", "yarn"):
-        raise VicugnaError(f"unknown rope_scaling type {kind!r}", "config.json",
+        raise config_error(f"unknown rope_scaling type {kind!r}",
                            "Known types: default, linear, llama3, yarn")
     try:
         factor = float(scaling["factor"])
@@ -47,11 +47,9 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: Mapping[str, Any] 
         ramp = _yarn_ramp(head_dim, theta, scaling)
         return 1.0 / (factor * power) * (1 - ramp) + inverse * ramp
     except KeyError as error:
-        raise VicugnaError(f"rope_scaling of type {kind!r} lacks {error}", "config.json",
-                           "Restore the key from the original checkpoint") from None
+        raise config_error(f"rope_scaling of type {kind!r} lacks {error}") from None
     except (ArithmeticError, TypeError, ValueError) as error:
-        raise VicugnaError(f"rope_scaling of type {kind!r} is impossible: {error}", "config.json",
-                           "Restore it from the original checkpoint") from None
+        raise config_error(f"rope_scaling of type {kind!r} is impossible: {error}") from None
 
 
 def scaled_context(scaling: Mapping[str, Any] | None) -> int:

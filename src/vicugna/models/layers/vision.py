@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vicugna.errors import VicugnaError
+from vicugna.errors import VicugnaError, config_error
 from vicugna.models.layers import rope
 from vicugna.models.layers.config import rope_keys, typed
 
@@ -99,7 +99,7 @@ class VisionConfig:
 
 
 def _wrong(what: str, fix: str) -> VicugnaError:
-    return VicugnaError(f"vision_config: {what}", "config.json", fix)
+    return config_error(f"vision_config: {what}", fix)
 
 
 @lru_cache(maxsize=4)
