@@ -8,7 +8,7 @@ stays the same, whatever has become of its number or name. What an edited recipe
 moved aside, never deleted.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,7 +20,7 @@ import yaml
 
 import vicugna
 from vicugna import data, evals, files, tasks
-from vicugna.data.sources import HUB, STDLIB, TASK, content_digest, paths
+from vicugna.data.sources import HUB, TASK, content_digest, paths
 from vicugna.distributed import Ranks
 from vicugna.errors import VicugnaError
 from vicugna.evals.evaluate import evaluate
@@ -139,21 +139,17 @@ def _check(recipe: Recipe) -> None:
         where = f"stages.{stage.name}"
         match stage:
             case TokenizerSpec() | TrainSpec():
-                _check_sources(stage.sources, f"{where}.sources")
+                for spec in data.parse_specs(stage.sources, f"{where}.sources"):
+                    if not spec.source.startswith((TASK, HUB)):
+                        paths(spec)
             case RlSpec():
-                _check_sources(stage.tasks, f"{where}.tasks")
+                data.parse_specs(stage.tasks, f"{where}.tasks")
                 rollouts.check(stage.tasks, stage.parallel, where)
             case EvalSpec():
                 for one in [one for group in stage.groups for one in grid(group)]:
                     tasks.get(one.task)
         if isinstance(stage, TrainSpec) and recipe.model.start is None:
             supervised.check_length(stage.sequence_length, recipe.model.context, where)
-
-
-def _check_sources(specs: Sequence[data.SourceSpec], where: str) -> None:
-    for spec in data.parse_specs(specs, where):
-        if spec.source != STDLIB and not spec.source.startswith((TASK, HUB)):
-            paths(spec)
 
 
 def _open_folder(run: Run) -> None:

@@ -181,11 +181,11 @@ class Recipe(Strict):
 
     def stage(self, name: str) -> AnyStage:
         """The stage of this name; VicugnaError if there is none."""
-        for stage in self.stages:
-            if stage.name == name:
-                return stage
-        raise VicugnaError(f"the recipe has no stage {name!r}", "stages",
-                           did_you_mean(name, [stage.name for stage in self.stages]))
+        stages = {stage.name: stage for stage in self.stages}
+        if name not in stages:
+            raise VicugnaError(f"the recipe has no stage {name!r}", "stages",
+                               did_you_mean(name, stages))
+        return stages[name]
 
     def before(self, name: str) -> list[AnyStage]:
         """The stages ahead of stage `name`."""
