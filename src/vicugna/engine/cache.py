@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vicugna.models.layers import mask as masks
-from vicugna.models.layers.mask import Span
+from vicugna.models.layers.mask import Span, additive
 
 # Spare columns when a buffer grows. A step reads all columns anyway, so copying them once every
 # 256 steps costs under one percent, without the memory that doubling would waste.
@@ -131,8 +130,7 @@ class Cache:
         whole = self._causal_masks.get(span.window)
         if whole is None or whole.shape[0] < t or whole.shape[1] < s:
             key = torch.arange(s + 16 * _SPARE, device=like.device)
-            first = span.first_key(key[-t:], key.new_zeros(t))
-            whole = masks.additive(masks.causal(key[-t:], key, first), like.dtype)
+            whole = additive(span.mask(key[-t:], key, key.new_zeros(t)), like.dtype)
             self._causal_masks[span.window] = whole
         # PyTorch's CUDA kernels take a mask that begins anywhere, and then fault on reading it.
         return whole[-t:, -s:] if like.device.type == "cpu" else whole[-t:, -s:].contiguous()
@@ -142,8 +140,8 @@ class Cache:
         padding. Padding attends to itself: no softmax is over nothing."""
         key = torch.arange(keys.start, keys.stop, device=like.device)
         query = key[-t:]
-        mask = masks.causal(query, key, span.first_key(query, self._pads_B[:, None]))
-        return masks.additive((mask | (key == query[:, None]))[:, None], like.dtype)
+        mask = span.mask(query, key, self._pads_B[:, None])
+        return additive((mask | (key == query[:, None]))[:, None], like.dtype)
 
     def _step_mask(self, cached: _LayerCache, k_BGSK: Tensor) -> Tensor | None:
         """Additive mask [B, 1, 1, S] of one new query a row, shared by layers of a step."""

@@ -137,6 +137,7 @@ def _rows(network: nn.Module, tokenizer: Tokenizer | None, prompts: list[list[in
                                "Pass one for all, or one for each prompt")
     config: Any = network.config
     context, V = config.context_length, config.vocab_size
+    with_images = any(tiles is not None for tiles in tiles_of)
     copies, rows = Counter[Any](), list[_Sequence]()
     for number, (prompt, tiles, chosen) in enumerate(
             zip(map(tuple, prompts), tiles_of, samplings, strict=True)):
@@ -152,7 +153,7 @@ def _rows(network: nn.Module, tokenizer: Tokenizer | None, prompts: list[list[in
         if chosen.stop and tokenizer is None:
             raise VicugnaError("stop strings need a tokenizer", "sampling",
                                "Pass a tokenizer, or no stop strings")
-        if any(one is not None for one in tiles_of):
+        if with_images:
             _check_images(config, prompt, tiles, where)
         row = _Sequence(number, prompt, tiles, chosen, context, tokenizer)
         row.copy = copies[row.prefix] if samplings is not sampling else 0

@@ -146,15 +146,12 @@ class Attention(llama.Attention):
                 q, k = (F.rms_norm(x.float(), (self.K,), eps=self.config.rms_norm_eps).to(dtype)
                         for x in (q, k))
         elif self.config.attn_temperature_tuning:
-            q = (q * self.query_scale(positions_BT)[:, :, None, None]).to(dtype)
+            # 1 up to position floor_scale - 2, then growing with the logarithm of the position, in
+            # which padding does not count: a row has the same logits in every batch.
+            floors_BT = torch.floor((positions_BT.float() + 1) / self.config.floor_scale)
+            scale_BT = torch.log1p(floors_BT) * self.config.attn_scale + 1
+            q = (q * scale_BT[:, :, None, None]).to(dtype)
         return q, k
-
-    def query_scale(self, positions_BT: Tensor) -> Tensor:
-        """The queries' temperature scale, float32 [B, T]: 1 up to position floor_scale - 2, then
-        growing with the logarithm of the position. Padding before a token does not count, so that
-        a row has the same logits in every batch (in transformers padding counts)."""
-        floors = torch.floor((positions_BT.float() + 1) / self.config.floor_scale)
-        return torch.log1p(floors) * self.config.attn_scale + 1
 
 
 class MoE(nn.Module):

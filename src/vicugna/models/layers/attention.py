@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vicugna.models.layers import flex
-from vicugna.models.layers import mask as masks
-from vicugna.models.layers.mask import Span
+from vicugna.models.layers.mask import Span, additive
 
 BLOCK = 128  # queries of a block on CPU
 LONGEST_BLOCKED = 2048  # tokens; beyond, memory matters more than the speed of blocks
@@ -118,8 +117,8 @@ class Dense:
             key = torch.arange(keys.start, keys.stop, device=like.device)
             start = (query.new_zeros(1, 1) if self.start_BT is None
                      else self.start_BT[:, queries.start : queries.stop])
-            mask = masks.causal(query, key, span.first_key(query, start))
-            self._masks[place] = masks.additive(mask.view(-1, 1, len(query), len(key)), like.dtype)
+            mask = span.mask(query, key, start).view(-1, 1, len(query), len(key))
+            self._masks[place] = additive(mask, like.dtype)
         return self._masks[place]
 
     def _blocked(self, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor) -> Tensor:
@@ -178,8 +177,8 @@ class Dense:
             key_n2W = query_nW[:, :1] - W + torch.arange(2 * W, device=like.device)
             start = (query_nW.new_zeros(1, n, W) if self.start_BT is None
                      else F.pad(self.start_BT.clamp(min=0), (0, n * W - T)).reshape(-1, n, W))
-            mask = masks.causal(query_nW, key_n2W, Span(W).first_key(query_nW, start))
-            self._masks[place] = masks.additive(mask[:, None, None], like.dtype)
+            mask = Span(W).mask(query_nW, key_n2W, start)[:, None, None]
+            self._masks[place] = additive(mask, like.dtype)
         return self._masks[place]
 
 

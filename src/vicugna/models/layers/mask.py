@@ -25,12 +25,11 @@ class Span:
             first = torch.maximum(first, query - self.window + 1)
         return first
 
-
-def causal(query: Tensor, key: Tensor, first: Tensor) -> Tensor:
-    """Boolean mask [..., t, s] of queries [..., t] against keys [..., s], given as indices: each
-    attends from its `first` key [..., t] to itself."""
-    key = key[..., None, :]
-    return (key <= query[..., None]) & (key >= first[..., None])
+    def mask(self, query: Tensor, key: Tensor, start: Tensor) -> Tensor:
+        """Boolean mask [..., t, s] of queries [..., t] against keys [..., s], given as indices:
+        each attends from its first key to itself."""
+        first, key = self.first_key(query, start), key[..., None, :]
+        return (key <= query[..., None]) & (key >= first[..., None])
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
