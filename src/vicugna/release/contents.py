@@ -45,6 +45,7 @@ class Contents:
 
     @cached_property
     def files(self) -> tuple[dict[str, dict[str, Any]], list[str]]:
+        """Size and digest of the files that the manifest must name, and what is ignored."""
         return files_in(self.folder)
 
     @cached_property
