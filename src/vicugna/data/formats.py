@@ -46,7 +46,7 @@ def rows(path: Path, columns: Callable[[list[str]], list[str]]) -> Iterator[Row]
         case ".json":
             return _json_rows(path)
         case ".jsonl" | ".ndjson":
-            return _json_lines(path)
+            return json_lines(path)
         case ".csv" | ".tsv":
             return _csv_rows(path)
     return None
@@ -96,7 +96,8 @@ def _not_json(error: Exception, where: str) -> VicugnaError:
                         "Correct the line")
 
 
-def _json_lines(path: Path) -> Iterator[Row]:
+def json_lines(path: Path) -> Iterator[Row]:
+    """The objects of a file that has one a line. Raises as `rows` does."""
     for number, line in enumerate(lines(path), 1):
         if line.strip():
             where = f"{path} line {number}"

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import BaseModel, Field, ValidationError
 
 from vicugna.chat import check_messages
-from vicugna.data.formats import rows
+from vicugna.data.formats import json_lines, rows
 from vicugna.errors import VicugnaError
 from vicugna.evals.matching import matches
 from vicugna.evals.plan import Plan, plan_item, sort_plan
@@ -39,10 +39,10 @@ class UserItems:
 
     def __init__(self, path: str | Path) -> None:
         path = Path(path)
-        given = rows(path, lambda columns: columns) or ()
+        given = rows(path, lambda columns: columns) or json_lines(path)
         self.items = [_item(row, index, path, where) for index, (where, row) in enumerate(given)]
         if not self.items:
-            raise VicugnaError("no items", str(path), "Write one JSON object a line into a .jsonl")
+            raise VicugnaError("no items", str(path), "Write one JSON object a line")
 
     def item(self, seed: int, difficulty: Difficulty) -> Item:
         return self.items[seed]

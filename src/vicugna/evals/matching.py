@@ -106,7 +106,7 @@ def _chosen_letter(reply: str) -> str | None:
 
 def _found(answer: str, text: str) -> bool:
     """Whether `answer` stands in `text`, not inside a longer word or number."""
-    for match in re.finditer(rf"(?=(?:{re.escape(answer)})(.?.?))", text, re.DOTALL):
+    for match in re.finditer(f"(?={re.escape(answer)}(.?.?))", text, re.DOTALL):
         before, after = text[max(match.start() - 2, 0):match.start()][::-1], match[1]
         if not (_continues(answer[0], before) or _continues(answer[-1], after)
                 or re.match(rf"-{WORD}", before) or re.match(r"[+#](?!\w)|'t", after)):
