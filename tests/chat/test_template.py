@@ -214,6 +214,16 @@ def test_the_process_of_templates_is_replaced_when_it_ends(tok: Tokenizer) -> No
     assert render(tok, [USER]) == due
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "cp037", "ascii", "utf-7"])
+def test_templates_do_not_depend_on_the_encoding_of_streams(
+        tok: Tokenizer, encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    due = render(tok, [USER, ANSWER])
+    monkeypatch.setenv("PYTHONIOENCODING", encoding)
+    WORKER.stop()  # the next one inherits the environment
+    assert render(tok, [USER, ANSWER]) == due
+    WORKER.stop()
+
+
 def test_many_threads_render_at_once(tok: Tokenizer, tmp_path: Path) -> None:
     endless = with_template(tok, tmp_path, "{% for i in range(99999) %}{% for j in range(99999) %}"
                                            "{% endfor %}{% endfor %}")

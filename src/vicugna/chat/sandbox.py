@@ -219,5 +219,5 @@ if __name__ == "__main__":
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     with suppress(BrokenPipeError):
         for answer in _answers(iter(sys.stdin.buffer)):
-            sys.stdout.write(json.dumps(answer) + "\n")
-            sys.stdout.flush()
+            sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")  # in any locale
+            sys.stdout.buffer.flush()
