@@ -29,6 +29,7 @@ from transformers.utils import logging
 
 from vicugna import models
 from vicugna.distributed import Ranks
+from vicugna.models.counts import count
 from vicugna.training import cost
 from vicugna.training.batch import TrainingBatch
 from vicugna.training.objectives import next_token
@@ -130,8 +131,7 @@ def main() -> None:
         "vicugna, packed documents": partial(ours, documents=True),
         "vicugna, Muon": partial(ours, muon=True)}
     tokens = options.rows * options.length
-    with torch.device("meta"):
-        flops = cost.flops_per_token(models.build({"model_type": "llama", **shape}), options.length)
+    flops = 3 * count({"model_type": "llama", **shape}).flops(options.length)
     peaks = cost.peaks("bf16", device)
     peak = peaks.get("mfu", peaks["matmul_utilisation"])
     rates: dict[str, list[float]] = {way: [] for way in ways}

@@ -25,8 +25,9 @@ from transformers.utils import logging
 
 from vicugna import models
 from vicugna.distributed import Ranks
+from vicugna.models.counts import count
 from vicugna.training.batch import TrainingBatch
-from vicugna.training.cost import flops_per_token, matmul_rate
+from vicugna.training.cost import matmul_rate
 from vicugna.training.objectives import next_token
 from vicugna.training.recipe import OptimiserSpec, StageSpec
 from vicugna.training.trainer import train
@@ -131,7 +132,7 @@ def main() -> None:
         "vicugna_tokens_per_second": round(mine),
         "transformers_tokens_per_second": round(statistics.median(r[0] for r in rounds)),
         "share_of_matmul_rate": round(
-            mine * flops_per_token(network, options.length)
+            mine * 3 * count({"model_type": "llama", **SHAPE}).flops(options.length)
             / matmul_rate(options.precision, device), 3),
         "parameters": sum(p.numel() for p in network.parameters()),
         "precision": options.precision, "rows": options.rows, "length": options.length,

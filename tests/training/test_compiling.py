@@ -10,9 +10,9 @@ from kit import batch, network
 from torch._dynamo.utils import counters
 
 from vicugna.models.layers import flex
-from vicugna.training.compiling import compile_in_place, compile_layers
 from vicugna.training.loss import Loss
 from vicugna.training.objectives import next_token
+from vicugna.training.parallel import compile_in_place, compile_layers
 
 pytestmark = pytest.mark.skipif(not (shutil.which("gcc") or shutil.which("clang")),
                                 reason="there is no compiler")

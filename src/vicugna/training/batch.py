@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vicugna.errors import VicugnaError
 from vicugna.tokenizer import Tokenizer
@@ -24,23 +24,20 @@ class TrainingBatch:
 
     def part(self, rows: slice, device: torch.device) -> Self:
         """Those rows, on `device`."""
-        tensors: dict[str, Any] = {
-            name: value[rows].to(device) for name, value in vars(self).items()
-            if isinstance(value, Tensor)}
+        tensors: Any = {name: value[rows].to(device) for name, value in vars(self).items()
+                        if isinstance(value, Tensor)}
         return replace(self, **tensors)
 
-    def check(self, network: nn.Module, where: str) -> None:
+    def check(self, network: Any, where: str) -> None:
         """Raise VicugnaError for a token without an embedding."""
-        config: Any = network.config
         largest = max(int(self.tokens_BT.max()), int(self.targets_BT.max()))
-        if largest >= config.vocab_size:
+        if largest >= network.config.vocab_size:
             raise VicugnaError(f"the data contain token {largest}, but the model's vocab_size is "
-                               f"{config.vocab_size}", where, "Use the tokenizer that the "
+                               f"{network.config.vocab_size}", where, "Use the tokenizer that the "
                                "checkpoint was made with, or leave out what was added to it")
 
 
-def padding(tokenizer: Tokenizer, network: nn.Module) -> int:
+def padding(tokenizer: Tokenizer, network: Any) -> int:
     """The token that pads rows: the tokenizer's, or 0 if the network has no embedding of it, as
     when it was added to a tokenizer alone."""
-    config: Any = network.config
-    return tokenizer.pad_id if tokenizer.pad_id < config.vocab_size else 0
+    return tokenizer.pad_id if tokenizer.pad_id < network.config.vocab_size else 0

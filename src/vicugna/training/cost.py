@@ -1,8 +1,6 @@
-"""What training costs: FLOPs, memory, and the rate this machine can reach."""
+"""What training costs: memory, and the rate of FLOPs that this machine can reach."""
 
-import json
 import timeit
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -10,19 +8,7 @@ from torch import nn
 
 from vicugna import chips, memory
 from vicugna.errors import VicugnaError
-from vicugna.models.counts import Counts, count
-
-
-def flops_per_token(network: nn.Module, length: int) -> float:
-    """Floating-point operations of one token trained in a sequence of `length`, forward and twice
-    that backward (see models/counts.py)."""
-    config: Any = network.config
-    return 3 * _counts(json.dumps(config.to_dict())).flops(length)
-
-
-@lru_cache(maxsize=8)
-def _counts(config: str) -> Counts:
-    return count(json.loads(config))
+from vicugna.models.counts import parameters
 
 
 def matmul_rate(precision: str, device: torch.device) -> float:
@@ -39,19 +25,17 @@ def peaks(precision: str, device: torch.device) -> dict[str, float]:
     `matmul_utilisation` of a large matrix product measured here, and `mfu` (model FLOPs
     utilisation, arXiv 2204.02311) of what the maker publishes, if that is known."""
     found = {"matmul_utilisation": matmul_rate(precision, device)}
-    gpu = chips.of_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    gpu = chips.DEVICES.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return found | ({"mfu": gpu.peak(precision)} if gpu else {})
 
 
-def training_memory(network: nn.Module, rows: int, length: int, element: int, shards: int = 1
-                    ) -> int:
+def training_memory(network: Any, rows: int, length: int, element: int, shards: int = 1) -> int:
     """Estimated bytes of one step: float32 weights, gradients and two moments, of which there is
     one of `shards` here; and activations: per token and layer about 16 widths and 4 feed-forward
     widths of `element` bytes each."""
-    config: Any = network.config
+    config = network.config
     per_token = config.num_hidden_layers * (16 * config.hidden_size + 4 * config.intermediate_size)
-    parameters = _counts(json.dumps(config.to_dict())).total
-    return parameters * 16 // shards + rows * length * per_token * element
+    return parameters(network) * 16 // shards + rows * length * per_token * element
 
 
 def check_memory(network: nn.Module, rows: int, length: int, element: int, where: str,

@@ -1,24 +1,25 @@
-"""Where a network's parameters are: on one device, on each (DDP), or sharded over all (FSDP2)."""
+"""How a network is placed: compiled on a GPU, whole on each (DDP), or sharded over all (FSDP2)."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from vicugna.checkpoint import Checkpoint, read, state_dict
-from vicugna.checkpoint.stored import Stored
+from vicugna.checkpoint.hf import weights
 from vicugna.distributed import Ranks
 from vicugna.errors import VicugnaError
+from vicugna.files import disk_errors
 from vicugna.memory import return_freed_memory
-from vicugna.training.compiling import compile_layers
+from vicugna.models.layers import flex
+from vicugna.models.layers.moe import Experts
 from vicugna.training.loss import Loss
 from vicugna.training.recipe import RlSpec, StageSpec
 
@@ -80,61 +81,43 @@ def save(model: Checkpoint, folder: Path, ranks: Ranks) -> str:
         if ranks.first:
             model.save(folder)
         return model.digest if ranks.first else ""
-    gather = _Gather(model.network, ranks)
-    if not ranks.first:
-        gather.take_part()
-        return ""
-    passthrough = model.origin.passthrough if model.origin else {}
-    try:
-        model.save(folder, {**gather.tensors(), **passthrough})
-    finally:
-        gather.end()
+    # First each into a file of its own: a checkpoint's files have another order than the network.
+    tied = state_dict.ties(model.network)
+    with (disk_errors(folder), TemporaryDirectory(
+            prefix=".gathered.", suffix=".tmp", dir=folder.parent) as temporary):
+        for name, tensor in model.network.state_dict().items():
+            full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if ranks.first and name not in tied:
+                part = Path(temporary, name)
+                part.mkdir()
+                weights.write(part, state_dict.split(model.network, name, full.cpu()))
+        if not ranks.first:
+            return ""
+        model.save(folder, {**weights.scan(Path(temporary).rglob("*.safetensors")),
+                            **(model.origin.passthrough if model.origin else {})})
     return read(folder, device="meta").digest
+
+
+def compile_layers(network: Any, device: torch.device) -> None:
+    """Compile the network's decoder layers where that is quicker: on a GPU with a working compiler
+    (see layers/flex.py). Layers of experts are left out: their shapes change with the routing."""
+    if flex.kernel(device) is not None:
+        for layer in network.model.layers:
+            if not any(isinstance(module, Experts) for module in layer.modules()):
+                compile_in_place(layer)
+
+
+def compile_in_place(layer: nn.Module) -> None:
+    """Let a layer run compiled while it is in training mode: roll-outs and validation have other
+    shapes. Only `forward` is replaced, so that names and hooks, FSDP2's too, stay as they are."""
+    eager: Callable[..., Any] = layer.forward
+    compiled = torch.compile(eager)
+
+    def forward(*inputs: Any) -> Any:
+        return compiled(*inputs) if layer.training else eager(*inputs)
+
+    layer.forward = forward
 
 
 def _sharded(network: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in network.parameters())
-
-
-class _Gather:
-    """Sharded tensors, gathered one by one as the first rank loads them."""
-
-    def __init__(self, network: Any, ranks: Ranks) -> None:
-        self._network, self._ranks, self._state = network, ranks, network.state_dict()
-        self._last: dict[str, dict[str, Tensor]] = {}
-
-    def tensors(self) -> dict[str, Stored]:
-        """All by their names in files."""
-        tied = state_dict.ties(self._network)
-        return {part: Stored(part, Path(), 0, view.dtype, tuple(view.shape),
-                             load=partial(self._load, name, part))
-                for name, tensor in self._state.items() if name not in tied
-                for part, view in state_dict.split(
-                    self._network, name, torch.empty_like(tensor, device="meta")).items()}
-
-    def _load(self, name: str, part: str) -> Tensor:
-        if name not in self._last:
-            if len(self._last) == 2:  # files hold the pieces of two stacks of experts by turns
-                self._last.pop(next(iter(self._last)))
-            full = self._full(name)
-            assert full is not None
-            self._last[name] = state_dict.split(self._network, name, full.cpu())
-        return self._last[name][part]
-
-    def _full(self, name: str | None) -> Tensor | None:
-        """On all ranks together: the tensor that the first rank names; None when it names none."""
-        names = [name]
-        dist.broadcast_object_list(names, device=self._ranks.device)
-        if names[0] is None:
-            return None
-        tensor = self._state[names[0]]
-        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-    def take_part(self) -> None:
-        """On other ranks than the first: until it is done."""
-        while self._full(None) is not None:
-            pass
-
-    def end(self) -> None:
-        """On the first rank: let the others go on."""
-        self._full(None)

@@ -86,24 +86,21 @@ def reward(item: Item, prompt: list[int], completion: Completion, tokenizer: Tok
 def batch(responses: list[Response], pad: int, norm: float, metrics: dict[str, float]
           ) -> TrainingBatch:
     """Responses packed into rows of one length, each sampled token weighted by its advantage."""
-    unpacked = [(np.asarray(r.prompt + r.completion.tokens, np.int32), r) for r in responses]
-    unpacked.sort(key=lambda one: -len(one[0]))
-    length = max(2 * len(unpacked[0][0]), 256)
-    rows, weights = [], []
-    while unpacked:
-        documents, too_long, free = [], [], length
-        for ids, response in unpacked:  # longest first, whatever still fits
-            if len(ids) > free:
-                too_long.append((ids, response))
-                continue
-            free -= len(ids)
-            documents.append((ids, np.arange(len(ids)) >= len(response.prompt)))
-            weights += [response.advantage] * len(response.completion.tokens)
-        rows.append(pack(documents, length, pad))
-        unpacked = too_long
-    collated = collate(rows)
+    documents = sorted(((np.asarray(r.prompt + r.completion.tokens, np.int32), r)
+                        for r in responses), key=lambda one: -len(one[0]))
+    length = max(2 * len(documents[0][0]), 256)
+    rows: list[list[tuple[np.ndarray, Response]]] = []
+    for document in documents:  # longest first, each into the first row in which it fits
+        row = next((row for row in rows
+                    if sum(len(ids) for ids, _ in [*row, document]) <= length), None)
+        if row is None:
+            rows.append(row := [])
+        row.append(document)
+    collated = collate([pack([(ids, np.arange(len(ids)) >= len(r.prompt)) for ids, r in row],
+                             length, pad) for row in rows])
     weights_BT = torch.zeros(collated.targets_BT.shape)
-    weights_BT[collated.targets_BT != IGNORED] = torch.tensor(weights)
+    weights_BT[collated.targets_BT != IGNORED] = torch.tensor(
+        [r.advantage for row in rows for _, r in row for _ in r.completion.tokens])
     return TrainingBatch(collated.tokens_BT, collated.positions_BT,
                          collated.targets_BT.clamp(min=0), weights_BT, norm, metrics)
 

@@ -14,7 +14,7 @@ from vicugna.tokenizer import Tokenizer
 from vicugna.training import parallel, rollouts, supervised
 from vicugna.training.objectives import next_token, policy_gradient
 from vicugna.training.recipe import ModelSpec, RlSpec, TrainSpec
-from vicugna.training.trainer import Batches, train
+from vicugna.training.trainer import train
 
 
 def new_model(spec: ModelSpec, tokenizer: Tokenizer) -> Model:
@@ -28,21 +28,17 @@ def train_stage(model: Model, spec: TrainSpec | RlSpec, seed: int, folder: Path,
     """Train `model` by `spec` and save it as folder/checkpoint: its digest ("" on all ranks but the
     first), and what it cost. `date` is the day that a chat template may ask for.
 
-    A network on the meta device gets the values of the checkpoint that it was read from, or if
-    there is none, is initialised from `seed`."""
-    network, tok = model.network, model.tokenizer
-    assert tok is not None
-    batch_of: Batches
-    values = validate = None
-    if next(network.parameters()).is_meta:
-        values = (model.origin.stream() if model.origin and model.origin.stream else
-                  models.initial_values(network, seed))
+    Its network is on the meta device. It gets the values of the checkpoint that it was read from,
+    or if there is none, is initialised from `seed`."""
+    network, tok = model.network, model.text_tokenizer()
+    assert next(network.parameters()).is_meta
+    values = (model.origin.stream() if model.origin and model.origin.stream else
+              models.initial_values(network, seed))
     if isinstance(spec, RlSpec):
-        objective, batch_of = policy_gradient, partial(
-            rollouts.rollout, network, tok, spec, seed, ranks=ranks, date=date)
+        rollout = partial(rollouts.rollout, network, tok, spec, seed, ranks=ranks, date=date)
+        cost = train(network, policy_gradient, rollout, spec, folder, name, ranks, values=values)
     else:
-        objective = next_token
-        batch_of, validate = supervised.batches(network, tok, spec, seed, folder, cache,
-                                                f"stages.{name}", ranks, date)
-    cost = train(network, objective, batch_of, spec, folder, name, ranks, validate, values)
+        batches, validate = supervised.batches(network, tok, spec, seed, folder, cache,
+                                               f"stages.{name}", ranks, date)
+        cost = train(network, next_token, batches, spec, folder, name, ranks, validate, values)
     return parallel.save(model, folder / "checkpoint", ranks), cost

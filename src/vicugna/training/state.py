@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
@@ -31,11 +30,9 @@ def save(folder: Path, module: nn.Module, optimisers: list[torch.optim.Optimizer
     weights, optimiser = get_state_dict(module, optimisers)
     state = {"weights": weights, "optimiser": optimiser, "progress": progress}
     with replacing_folder(folder / STATE) if ranks.first else nullcontext() as temporary:
-        place = [temporary]  # for all ranks, each of which writes its shard
-        if ranks.world > 1:
-            dist.broadcast_object_list(place)
+        shared = ranks.gather(temporary)[0]  # each rank writes its shards there
         with _explained(folder / STATE):
-            dcp.save(state, checkpoint_id=place[0], no_dist=ranks.world == 1)
+            dcp.save(state, checkpoint_id=shared, no_dist=ranks.world == 1)
     ranks.wait()
 
 

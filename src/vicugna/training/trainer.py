@@ -15,7 +15,7 @@ from vicugna import progress
 from vicugna.distributed import Ranks
 from vicugna.errors import VicugnaError
 from vicugna.memory import peak_memory, return_memory
-from vicugna.models.counts import VISION
+from vicugna.models.counts import VISION, count
 from vicugna.models.layers.moe import Balanced
 from vicugna.training import cost, optimisers, parallel, state
 from vicugna.training.batch import TrainingBatch
@@ -29,7 +29,7 @@ Validate = Callable[[nn.Module, int], dict[str, float]]
 Values = Iterable[tuple[str, Tensor]]
 
 
-def train(network: nn.Module, objective: Objective, batch_of: Batches, spec: StageSpec,
+def train(network: Any, objective: Objective, batch_of: Batches, spec: StageSpec,
           folder: Path, where: str, ranks: Ranks, validate: Validate | None = None,
           values: Values | None = None) -> dict[str, Any]:
     """Train `network` in place for `spec.steps` steps, resuming from `folder`/state if it is there.
@@ -47,7 +47,7 @@ def train(network: nn.Module, objective: Objective, batch_of: Batches, spec: Sta
     module = parallel.place(Loss(network, objective, spec.precision), spec, ranks, values)
     opts = optimisers.build(network, spec.optimiser)
     done = state.load(folder, module, opts, ranks)
-    peaks = cost.peaks(spec.precision, ranks.device)
+    counts, peaks = count(network.config.to_dict()), cost.peaks(spec.precision, ranks.device)
     metrics = Metrics(folder, done["step"]) if ranks.first else None
     with progress.bar(where, spec.steps, ranks.first) as report:
         for step in range(done["step"], spec.steps):
@@ -58,11 +58,15 @@ def train(network: nn.Module, objective: Objective, batch_of: Batches, spec: Sta
             loss, norm = _step(module, network, opts, batch, spec, ranks)
             bad = 0 if isfinite(loss + norm) else done["bad"] + 1
             _check_finite(bad, step, spec, where)
-            spent = _spent(network, batch, time.perf_counter() - start, ranks)
-            done = {"bad": bad, "step": step + 1, "skipped": done["skipped"] + (bad > 0),
-                    **{key: done[key] + value for key, value in spent.items()}}
+            seconds = time.perf_counter() - start
+            tokens = int(ranks.total(batch.tokens_BT.numel())[0])
+            flops = tokens * (3 * counts.flops(batch.tokens_BT.shape[1]))
+            spent = {"step": 1, "skipped": bad > 0, "tokens": tokens, "seconds": seconds,
+                     "flops": flops}
+            done = {"bad": bad, **{key: done[key] + value for key, value in spent.items()}}
             row = {"step": step, "loss": loss, "grad_norm": norm, "lr": lr,
-                   "tokens": done["tokens"], **_rates(spent, peaks, ranks),
+                   "tokens": done["tokens"], "tokens_per_second": tokens / seconds,
+                   **{share: flops / seconds / ranks.world / peak for share, peak in peaks.items()},
                    "skipped": done["skipped"], **batch.metrics}
             if validate:
                 network.eval()
@@ -80,21 +84,6 @@ def train(network: nn.Module, objective: Objective, batch_of: Batches, spec: Sta
     network.eval()
     return {**{key: done[key] for key in ("tokens", "flops", "skipped")},
             "device_seconds": done["seconds"] * ranks.world, **peak_memory()}
-
-
-def _spent(network: nn.Module, batch: TrainingBatch, seconds: float, ranks: Ranks
-           ) -> dict[str, float]:
-    """What one step took on all ranks together."""
-    tokens = int(ranks.total(batch.tokens_BT.numel())[0])
-    flops = tokens * cost.flops_per_token(network, batch.tokens_BT.shape[1])
-    return {"tokens": tokens, "seconds": seconds, "flops": flops}
-
-
-def _rates(spent: dict[str, float], peaks: dict[str, float], ranks: Ranks) -> dict[str, float]:
-    """A step's tokens a second, and its FLOPs as shares of cost.peaks."""
-    flops = spent["flops"] / spent["seconds"] / ranks.world  # a second, of one device
-    return {"tokens_per_second": spent["tokens"] / spent["seconds"],
-            **{share: flops / peak for share, peak in peaks.items()}}
 
 
 def _summary(row: dict[str, Any]) -> str:
