@@ -38,8 +38,7 @@ class Server:
         self.model, self.name, self.tokenizer = model, name, model.text_tokenizer()
         self.worker, self.fingerprint = Worker(), f"vicugna-{model.digest[:12]}"
         self.card = {"id": name, "object": "model", "created": int(time.time()),
-                     "owned_by": "vicugna",
-                     "context_length": model.config.context_length}
+                     "owned_by": "vicugna", "context_length": model.config.context_length}
 
     def find(self, name: str) -> dict[str, Any]:
         """The card of the model called `name`; ApiError when it is not the one served."""
@@ -53,7 +52,7 @@ class Server:
         request = parse(body)
         self.find(request.model)
         messages = [{"role": message.role, "content": message.content,
-                  "reasoning": message.reasoning_content} for message in request.messages]
+                     "reasoning": message.reasoning_content} for message in request.messages]
         try:
             prompt, images = self.model.read_chat(messages)
         except VicugnaError as error:
