@@ -81,7 +81,7 @@ class ReasoningGym:
 
     def item(self, seed: int, difficulty: Difficulty) -> Item:
         """metadata: "index", the instance's place in the dataset of seed 0 at this level."""
-        data = self._data(difficulty)
+        data = _dataset(self.name, difficulty.depth)
 
         def generate(rng: Random) -> tuple[Problem, int]:
             index = rng.randrange(_SIZE)
@@ -100,27 +100,24 @@ class ReasoningGym:
             return float(given == wanted)
         answer = "\n".join(given)
         if len(answer) <= 2 * len(item.answer) + 100:
-            data = self._data(item.difficulty)
+            data = _dataset(self.name, item.difficulty.depth)
             with suppress(Exception):  # what it raises on malformed replies is of many kinds
                 return float(data.score_answer(answer, data[item.metadata["index"]]) == 1.0)
         return 0.0
-
-    def _data(self, difficulty: Difficulty) -> Any:
-        return _dataset(self.name.removeprefix(PREFIX), difficulty.depth)
 
 
 @lru_cache(maxsize=256)
 def _dataset(name: str, depth: int) -> Any:
     """A dataset whose instances are pure functions of their index. Raises VicugnaError for a level
     whose settings the dataset itself refuses."""
-    factory = _package()
+    factory, dataset = _package(), name.removeprefix(PREFIX)
     settings = {"seed": 0, "size": _SIZE}
-    if not factory.has_curriculum(name):
-        return factory.create_dataset(name, **settings)
-    curriculum = factory.create_curriculum(name)
+    if not factory.has_curriculum(dataset):
+        return factory.create_dataset(dataset, **settings)
+    curriculum = factory.create_curriculum(dataset)
     curriculum.set_global_level(depth - 1)
     try:
-        return factory.DATASETS[name][0](curriculum.generate_configuration(settings))
+        return factory.DATASETS[dataset][0](curriculum.generate_configuration(settings))
     except AssertionError as error:
-        raise VicugnaError(f"it refuses its own settings at depth {depth} ({error})", PREFIX + name,
+        raise VicugnaError(f"it refuses its own settings at depth {depth} ({error})", name,
                            "Use a smaller depth") from error

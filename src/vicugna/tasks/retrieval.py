@@ -5,7 +5,6 @@ statements that lead to the answer decide an item's split; distractors and fille
 after they were accepted, in one pass, so that ten million characters cost seconds.
 """
 
-from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -80,9 +79,7 @@ def _insert(rng: Random, haystack: list[str], needle: str, position: float | Non
     """The text with the needle in it, and where (0..1 of the haystack's characters) it stands."""
     wanted = rng.random() if position is None else position
     starts = [0, *accumulate(len(sentence) + 1 for sentence in haystack)]
-    index = bisect_left(starts, wanted * starts[-1])
-    if index and wanted * starts[-1] - starts[index - 1] < starts[index] - wanted * starts[-1]:
-        index -= 1
+    index = min(range(len(starts)), key=lambda i: (abs(starts[i] - wanted * starts[-1]), -i))
     text = " ".join([*haystack[:index], needle, *haystack[index:]])
     return text, starts[index] / starts[-1] if starts[-1] else wanted
 
