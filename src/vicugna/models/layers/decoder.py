@@ -36,22 +36,20 @@ class Decoder(nn.Module):
 
     def from_embeddings(self, x_BTD: Tensor, positions_BT: Tensor, attend: Attend) -> Tensor:
         """As `forward`, from embeddings [B, T, D], some of which may be features of images."""
-        scaling = getattr(self.config, "rope_scaling", None)
-        inverse = self._inverse_frequencies(positions_BT.device)
-        rotation = rope.rotation(positions_BT, inverse, x_BTD.dtype, rope.attention_factor(scaling))
+        rotation = self._rotation(positions_BT, x_BTD.dtype)
         for layer in self.layers:
             x_BTD = layer(x_BTD, positions_BT, rotation, attend)
         return self.norm(x_BTD)
 
-    def _inverse_frequencies(self, device: torch.device) -> Tensor:
-        """RoPE's, computed once for a device; no buffer, so that no checkpoint holds them."""
+    def _rotation(self, positions_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """RoPE's frequencies are computed once a device; no buffer, so no checkpoint has them."""
+        c, device = self.config, positions_BT.device
+        scaling = getattr(c, "rope_scaling", None)
         if self._inverse is None or self._inverse.device != device:
-            c = self.config
-            scaling = getattr(c, "rope_scaling", None)
             with torch.inference_mode(False):  # training may use it after generation
-                self._inverse = rope.inverse_frequencies(c.head_dim, c.rope_theta,
-                                                         scaling).to(device)
-        return self._inverse
+                inverse = rope.inverse_frequencies(c.head_dim, c.rope_theta, scaling)
+                self._inverse = inverse.to(device)
+        return rope.rotation(positions_BT, self._inverse, dtype, rope.attention_factor(scaling))
 
 
 class Network(nn.Module):
