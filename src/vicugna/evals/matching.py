@@ -25,6 +25,7 @@ FUNCTION_WORDS = frozenset({
     "am", "an", "and", "as", "at", "be", "by", "can", "do", "go", "he", "if", "in", "is", "it",
     "may", "me", "my", "of", "on", "or", "so", "to", "up", "us", "we", "who", "will"})
 UNITS = "$€£¥₹₩₽%‰"
+UNIT_NAMES = "[kcmnμ]?m|[kmμ]?g|ml|[kmgt]i?b|[kmg]?hz|kwh?|ms|min|mph|am|pm"  # also without a space
 OPEN, CLOSE = "\ue000", "\ue001"  # private characters around a number's value and unit
 
 # A number, or what has numbers as parts (a date, a time, a range, 2+2), and the unit beside it.
@@ -32,18 +33,21 @@ COMPOUND = re.compile(
     rf"(?<!{WORD})(?<!{WORD}-)(?<!\d[.,:/^'_+*-])((?:(?<![)\]{UNITS}+-])[-+])?(?:[{UNITS}] ?)?-?)"
     rf"((?>\.?\d+(?:[.,:/^'_+*-]\d+|e[+-]?\d+)*))(?!{WORD})((?: ?[{UNITS}](?!\d))?)")
 GROUPED = re.compile(r"[1-9]\d?\d?(?:(?:,\d\d\d?)*,\d{3}|(?:'\d{3})+|(?:_\d{3})+)(?:\.\d+)?")
+GROUPED_BY_POINTS = re.compile(r"[1-9]\d?\d?(?:(?:\.\d{3}){2,}(?:,\d+)?|\.\d{3},\d+)")
 NUMBER = re.compile(r"(?:0|[1-9]\d*)?(?:\.\d+)?(?:e[+-]?\d{1,3})?|\d+/\d+")
 
 CHOICE = (rf"(?!(?i:[aeiouy]) +(?!(?:because|since|as|for|is|which)\b)\w)({LETTER})"
           rf"(?!{WORD}|[+#]|['.-]{WORD})")  # a letter that is no article, and not in C++ or I'm
 CUES = re.compile(
-    r"(?:\b(?i:answer|choose|chose|pick|select)(?:s|ed)?\b|答案|答え|正解|选择?|選択?)"
-    r"(?:[\s:=*_\"'`(\[{$>-]|\\boxed|\\text|(?i:is|was|be|the|letter|option|choice)\b|[是は为為])*+"
-    rf"{CHOICE}|(?:\b(?:is|was|be)|=|:)[ *_\"'`(\[]*{CHOICE}[*_\"'`)\]]*(?:[.!?](?=\s)|[.!?]?$)"
+    r"(?:\b(?i:answer|choose|chose|pick|select)(?:s|ed)?\b|答案|答え|正解|选择?|選択?|정답)"
+    r"(?:[\s:=*_\"'`(\[{$>-]|\\boxed|\\text|(?i:is|was|be|the|letter|option|choice)\b"
+    rf"|[是は为為은])*+{CHOICE}|(?:\b(?:is|was|be|es|ist|est)|'s|=|:|\b(?i:so|thus|therefore|say|with),?)"
+    rf"[ *_\"'`(\[]*{CHOICE}[*_\"'`)\]]*(?:[.!?](?=\s)|[.!?]?$)"
     rf"|(?<!\w){CHOICE}(?= is (?:the )?(?:correct|right|best|answer))", re.MULTILINE)
 MARKED = re.compile(
     rf"[(\[{{*\"'`]{CHOICE}[)\]}}*\"'`.:]|\b(?i:option|choice|letter) {CHOICE}"
-    rf"|^[\s>#-]*{CHOICE}[.!]?[ \t]*$|\A[\s>#-]*{CHOICE}(?=[.):]| -)", re.MULTILINE)
+    rf"|^[\s>#-]*{CHOICE}[.!]?[ \t]*$|\A[\s>#-]*{CHOICE}(?=[.):]| -|,? (?:because|since|as)\b)",
+    re.MULTILINE)
 
 
 def matches(answer: str, reply: str) -> bool:
@@ -55,9 +59,12 @@ def matches(answer: str, reply: str) -> bool:
     if re.fullmatch(r"[!-/:-@\[-`{-~]*", core):  # punctuation alone
         return answer.strip() in (reply.strip(), reply.strip(" \"'`*"))
     word = core.casefold()
-    if word in FUNCTION_WORDS and core != word:
-        reply = re.sub(rf"(?<!^)(?<!{WORD}){word}(?!{WORD})", "", reply)
-    given, expected = normalise(reply), normalise(answer).strip(EDGES)
+    if word in FUNCTION_WORDS and core != word and plain.strip(EDGES).casefold() != word:
+        reply = re.sub(rf"(?<!{WORD})(?i:{word})(?!{WORD})",
+                       lambda m: m[0] if m[0] in (core, core.upper()) else "", reply)
+    given, expected = normalise(reply), normalise(answer).rstrip(EDGES)
+    if not re.match(rf"\.{LETTER}", expected):  # .NET
+        expected = expected.lstrip(EDGES)
     # A unit that only one of the two states does not matter; another unit does.
     return (_found(expected, given) or _found(_without_units(expected), given)
             or _found(expected, _without_units(given)))
@@ -65,17 +72,24 @@ def matches(answer: str, reply: str) -> bool:
 
 def normalise(text: str) -> str:
     """The form in which answers are sought in replies."""
-    text = re.sub(r"(?<!\d)(\d*)([¼-¾⅐-⅞])", lambda m: str(int(m[1] or 0) + Fraction(
-        unicodedata.numeric(m[2])).limit_denominator(10)), text)
+    text = re.sub(r"(?<=\d)(?=[¼-¾⅐-⅞])", " ", text)
+    text = re.sub(r"\\[dt]?frac\{(\d+)\}\{(\d+)\}", r" \1/\2", text)
     text = re.sub("[²³¹⁰-⁹]+", r"^\g<0>", text)
-    text = re.sub(r"(?<=\d)[\u00a0\u2007\u2009\u202f](?=\d{3}(?!\d))", ",", text)
-    text = unicodedata.normalize("NFKC", text.translate(PLAIN)).casefold()
+    text = re.sub(r"(?<=\d)(?:[\u00a0\u2007\u2009\u202f](?=\d{3}(?!\d))| (?=000(?!\d)))", ",",
+                  text)
+    text = unicodedata.normalize("NFKC", text.translate(PLAIN)).casefold().replace("⁄", "/")
     text = re.sub(r"(?![0-9])\d", lambda m: str(unicodedata.decimal(m[0])), text)
-    text = re.sub(rf"(?<!{WORD})(?:{LETTER}\.)+{LETTER}\b\.?",
-                  lambda m: m[0].replace(".", ""), text)  # U.S.
+    text = re.sub(rf"(?<!{WORD})(?:{LETTER}\.(?: (?={LETTER}\.))?)+{LETTER}\b\.?",
+                  lambda m: re.sub("[. ]", "", m[0]), text)  # U.S., J. R. R.
     text = re.sub(r"(?<![^\W_])_+|_+(?![^\W_])", "", text)  # emphasis
     text = re.sub(r"(?<=\d) ?[x×*·⋅] ?10\^(?=[+-]?\d)", "e", text)
-    return COMPOUND.sub(_number, " ".join(re.sub("--+", " - ", text).split()))
+    text = " ".join(re.sub("--+", " - ", text).split())
+    text = re.sub(r"(?<=\d{4}) - (?=\d{4}(?!\d))", "-", text)  # 1914 – 1918
+    text = re.sub(rf"(?<!{WORD})v(?=\d+\.\d)", "", text)  # v3.5
+    text = re.sub(rf"(?<=\d) ?(?=°|(?:{UNIT_NAMES})(?!{WORD}))", " ", text)
+    text = re.sub(r"(?<![\d.,/:])(\d{1,3}) (\d{1,3})/(\d{1,3})(?![\d/])", lambda m:
+                  f"{int(m[1]) * int(m[3]) + int(m[2])}/{m[3]}", text)  # 2 1/2
+    return COMPOUND.sub(_number, text)
 
 
 def _number(match: re.Match[str]) -> str:
@@ -83,6 +97,8 @@ def _number(match: re.Match[str]) -> str:
     before, digits, after = match.groups()
     if GROUPED.fullmatch(digits):
         digits = re.sub("[,'_]", "", digits)
+    elif GROUPED_BY_POINTS.fullmatch(digits):
+        digits = digits.replace(".", "")
     digits = digits.replace(",", ".")
     if not NUMBER.fullmatch(digits):
         return match[0]
