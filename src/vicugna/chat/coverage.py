@@ -1,23 +1,24 @@
 """Whether a rendered turn holds all of the assistant's message that it was rendered from."""
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
 from vicugna.chat.messages import Message, calls_of, json_object, reasoning_of
 from vicugna.tokenizer import END_THINK, THINK
 
+_REASONED = re.compile(rf"\s*{THINK}(.*?){END_THINK}(.*)", re.DOTALL)
+
 
 def reasoning_apart(message: Message) -> Message:
     """An assistant's message whose content begins with <think>...</think>, as many data sets have
     it, with that as its reasoning."""
     content = message.get("content")
-    if message["role"] != "assistant" or reasoning_of(message) or not isinstance(content, str):
+    found = _REASONED.match(content) if isinstance(content, str) else None
+    if not found or message["role"] != "assistant" or reasoning_of(message):
         return message
-    reasoning, closing, answer = content.lstrip().removeprefix(THINK).partition(END_THINK)
-    if not content.lstrip().startswith(THINK) or not closing:
-        return message
-    return {**message, "reasoning": reasoning.strip("\n"), "content": answer.lstrip("\n")}
+    return {**message, "reasoning": found[1].strip("\n"), "content": found[2].lstrip("\n")}
 
 
 def left_out(message: Message, turn: str) -> str | None:

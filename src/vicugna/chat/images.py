@@ -9,7 +9,6 @@ import base64
 import binascii
 import math
 from collections.abc import Sequence
-from datetime import date as Date
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -35,8 +34,7 @@ Grid = tuple[int, int]  # rows and columns of tiles
 
 
 def encode_with_images(tokenizer: Tokenizer, messages: list[Message], tile_size: int,
-                       tile_tokens: int, image_token_id: int, date: Date | None = None
-                       ) -> tuple[list[int], Tensor]:
+                       tile_tokens: int, image_token_id: int) -> tuple[list[int], Tensor]:
     """Tokens of a chat to answer with images in it, and their tiles (see `tiles`).
 
     A part {"type": "image"} has an image as "image" (one of Pillow's, or as the following), "path"
@@ -53,8 +51,7 @@ def encode_with_images(tokenizer: Tokenizer, messages: list[Message], tile_size:
     for m in {m for m, _ in parts}:
         bare[m]["content"] = [{"type": "image"} if (m, p) in parts else part
                               for p, part in enumerate(bare[m]["content"])]
-    tokens = expand(encode(tokenizer, bare, date=date), [grid for _, grid in made], tokenizer,
-                    tile_tokens)
+    tokens = expand(encode(tokenizer, bare), [grid for _, grid in made], tokenizer, tile_tokens)
     return tokens, torch.cat([pixels for pixels, _ in made])
 
 

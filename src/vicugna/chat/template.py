@@ -5,7 +5,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from datetime import date as Date
 from functools import lru_cache, partial
-from itertools import chain
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 from vicugna.chat import coverage
@@ -69,13 +69,10 @@ def encode_training(tokenizer: Tokenizer, messages: list[Message], tools: Tools 
             raise VicugnaError(f"this model's chat template leaves out the assistant's {part}, "
                                "which would not be learned", f"messages[{index}]",
                                "Use a template that has a place for it, or change the data")
-    rendered, cuts, done = "", [], 0
-    for cut in chain.from_iterable(spans):
-        rendered += rendering.with_placeholders(text[done:cut])
-        cuts.append(len(rendered))
-        done = cut
-    rendered = valid_unicode(rendered + rendering.with_placeholders(text[done:]))
-    ids, offsets = tokenizer.encoder.encode_with_offsets(rendered)
+    parts = [rendering.with_placeholders(text[start:end])
+             for start, end in pairwise([0, *chain.from_iterable(spans), len(text)])]
+    cuts = list(accumulate(map(len, parts[:-1])))
+    ids, offsets = tokenizer.encoder.encode_with_offsets(valid_unicode("".join(parts)))
     return ids, [bisect_right(cuts, offset) % 2 == 1 for offset in offsets]
 
 

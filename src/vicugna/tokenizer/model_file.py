@@ -110,7 +110,7 @@ def _sentencepiece(data: bytes, legacy: bool) -> tuple[tokenizers.Tokenizer, dic
                if kinds[id] in (_NORMAL, _USER_DEFINED)}
     special = {key: names[id] for key, number, default in (
         ("unk_token", 40, 0), ("bos_token", 41, 1), ("eos_token", 42, 2), ("pad_token", 43, -1))
-        if 0 <= (id := _signed(trainer.get(number, default))) < len(names)}
+        if 0 <= (id := trainer.get(number, default)) < len(names)}  # -1 is 2**64 - 1 in the file
     raw = tokenizers.Tokenizer(models.BPE(
         ids, list(merges(spelled, lambda left, right: len(left))), fuse_unk=True,
         unk_token=special["unk_token"], byte_fallback=bool(trainer.get(35))))
@@ -155,10 +155,6 @@ def _varint(message: memoryview, at: int) -> tuple[int, int]:
         if message[at - 1] < 128:
             return value, at
     raise ValueError("a number in it is too long")
-
-
-def _signed(number: int) -> int:
-    return number - (1 << 64) if number >> 63 else number
 
 
 def merges(ids: Collection[Text], order: Callable[[Text, Text], Any]
