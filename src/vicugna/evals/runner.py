@@ -91,11 +91,9 @@ class LocalModel:
             prompt_digest=digest_of(tokens))
 
     def _generate(self, requests: list[tuple[list[int], Sampling]]) -> list[Reply]:
-        if not requests:
-            return []
-        prompts, samplings = map(list, zip(*requests, strict=True))
         try:
-            done = engine.generate(self.network, self.tokenizer, prompts, samplings)
+            done = engine.generate(self.network, self.tokenizer, [prompt for prompt, _ in requests],
+                                   [sampling for _, sampling in requests])
         except Exception as error:
             message = _item_error(error)
             if len(requests) == 1:
@@ -103,7 +101,7 @@ class LocalModel:
             # One invalid prompt must not fail the whole batch.
             return [reply for one in requests for reply in self._generate([one])]
         return [Reply(text, reasoning, len(one.tokens), one.finish_reason)
-                for one, prompt in zip(done, prompts, strict=True)
+                for one, (prompt, _) in zip(done, requests, strict=True)
                 for reasoning, text in [chat.parse_reply(self.tokenizer, one.tokens, prompt)]]
 
 
