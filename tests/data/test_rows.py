@@ -189,7 +189,7 @@ def mixed(tok: Tokenizer, seed: int = 0) -> Stream:
 
 def same(a: data.Batch, b: data.Batch) -> bool:
     return all(torch.equal(getattr(a, name), getattr(b, name))
-               for name in ("tokens_BT", "targets_BT", "positions_BT"))
+               for name in ("tokens_BT", "targets_BT", "positions_BT", "weights_BT"))
 
 
 def test_batches_are_shifted_rows(tok: Tokenizer) -> None:
@@ -199,8 +199,8 @@ def test_batches_are_shifted_rows(tok: Tokenizer) -> None:
         row = stream.row(12 + i)
         assert batch.tokens_BT[i].tolist() == row.tokens[:-1].tolist()
         assert batch.positions_BT[i].tolist() == row.positions[:-1].tolist()
-        wanted = np.where(row.loss_mask, row.tokens, data.IGNORED)[1:]
-        assert batch.targets_BT[i].tolist() == wanted.tolist()
+        assert batch.targets_BT[i].tolist() == row.tokens[1:].tolist()
+        assert batch.weights_BT[i].tolist() == row.loss_mask[1:].tolist()
     assert batch.tokens_BT.dtype == torch.long and batch.tokens_BT.shape == (6, 64)
 
 
@@ -210,6 +210,7 @@ def test_ranks_together_see_what_one_sees(tok: Tokenizer, world: int) -> None:
     shares = [stream.batch(5, 6, rank, world) for rank in range(world)]
     assert torch.equal(torch.cat([s.tokens_BT for s in shares]), whole.tokens_BT)
     assert torch.equal(torch.cat([s.targets_BT for s in shares]), whole.targets_BT)
+    assert torch.equal(torch.cat([s.weights_BT for s in shares]), whole.weights_BT)
     with pytest.raises(VicugnaError, match="cannot be shared by 4"):
         stream.batch(0, 6, 0, 4)
 

@@ -12,8 +12,6 @@ import torch
 from vicugna.data.cache import TokenFile
 from vicugna.errors import VicugnaError
 
-IGNORED = -100  # a target without loss
-
 
 @dataclass
 class Row:
@@ -26,19 +24,20 @@ class Row:
 
 @dataclass
 class Batch:
-    """What one training step sees. All torch.long; a target of -100 carries no loss."""
+    """What one training step sees, [B, T] each."""
 
-    tokens_BT: torch.Tensor
+    tokens_BT: torch.Tensor  # int64, as are positions and targets
+    positions_BT: torch.Tensor  # restart at 0 with each document
     targets_BT: torch.Tensor
-    positions_BT: torch.Tensor
+    weights_BT: torch.Tensor  # float32; 0 where no log-probability of the target is needed
 
 
 def collate(rows: Sequence[Row]) -> Batch:
-    """Rows of T+1 tokens as inputs and next-token targets of T."""
+    """Rows of T+1 tokens as inputs and next-token targets of T, with weights of 0 or 1."""
     stacked = np.stack([(row.tokens, row.loss_mask, row.positions) for row in rows], 1)
     tokens, mask, positions = torch.from_numpy(stacked).long()
-    targets = tokens[:, 1:].masked_fill(mask[:, 1:] == 0, IGNORED)
-    return Batch(tokens[:, :-1].contiguous(), targets, positions[:, :-1].contiguous())
+    return Batch(tokens[:, :-1].contiguous(), positions[:, :-1].contiguous(),
+                 tokens[:, 1:].contiguous(), mask[:, 1:].float())
 
 
 def pack(documents: Sequence[tuple[np.ndarray, np.ndarray]], length: int, pad: int) -> Row:

@@ -6,19 +6,16 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from vicugna.data import Batch
 from vicugna.errors import VicugnaError
 from vicugna.tokenizer import Tokenizer
 
 
 @dataclass
-class TrainingBatch:
-    """This process's rows of one step, [B, T] each. An objective that needs more (which rows are a
-    pair, pictures) adds it in a subclass: every tensor [B, ...] of it is split and moved along."""
+class TrainingBatch(Batch):
+    """This process's rows of one step. An objective that needs more (which rows are a pair,
+    pictures) adds it in a subclass: every tensor [B, ...] of it is split and moved along."""
 
-    tokens_BT: Tensor  # int64, as are positions and targets
-    positions_BT: Tensor  # restart at 0 with each document
-    targets_BT: Tensor
-    weights_BT: Tensor  # float32; 0 where no log-probability of the target is needed
     norm: float = 1.0  # what the loss, summed over all processes, is divided by
     metrics: dict[str, float] = field(default_factory=dict)  # for metrics.jsonl
 

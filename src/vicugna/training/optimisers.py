@@ -59,12 +59,10 @@ class Muon(torch.optim.Muon):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
         for group in self.param_groups:
-            params: list[Tensor] = []
-            grads: list[Tensor] = []
-            momenta: list[Tensor] = []
-            self._init_group(group, params, grads, momenta)
+            found: tuple[list[Tensor], list[Tensor], list[Tensor]] = [], [], []
+            self._init_group(group, *found)
             shapes = defaultdict[torch.Size, list[Matrix]](list)
-            for matrix in zip(params, grads, momenta, strict=True):
+            for matrix in zip(*found, strict=True):
                 shapes[matrix[0].shape].append(matrix)
             for shape, matrices in shapes.items():
                 size = max(1, STACK // shape.numel())

@@ -1,8 +1,7 @@
 """Reinforcement learning from verifiable rewards: roll-outs, rewards and advantages.
 
-GRPO (Shao et al., arXiv 2402.03300) as corrected by Dr. GRPO (Liu et al., arXiv 2503.20783): the
-advantage of a response is its reward less its group's mean, not divided by the group's standard
-deviation. The loss is objectives.policy_gradient."""
+The advantage of a response is its reward less its group's mean, not divided by the group's standard
+deviation. For the sources see the loss, objectives.policy_gradient."""
 
 from dataclasses import dataclass
 from datetime import date as Date
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 
 from vicugna import chat, engine, tasks
-from vicugna.data import IGNORED, SourceSpec, draw_item
+from vicugna.data import SourceSpec, draw_item
 from vicugna.data.mixing import schedule
 from vicugna.data.packing import collate, pack
 from vicugna.distributed import Ranks
@@ -96,13 +95,11 @@ def batch(responses: list[Response], pad: int, norm: float, metrics: dict[str, f
         if row is None:
             rows.append(row := [])
         row.append(document)
-    collated = collate([pack([(ids, np.arange(len(ids)) >= len(r.prompt)) for ids, r in row],
-                             length, pad) for row in rows])
-    weights_BT = torch.zeros(collated.targets_BT.shape)
-    weights_BT[collated.targets_BT != IGNORED] = torch.tensor(
+    packed = collate([pack([(ids, np.arange(len(ids)) >= len(r.prompt)) for ids, r in row],
+                           length, pad) for row in rows])
+    packed.weights_BT[packed.weights_BT != 0] = torch.tensor(
         [r.advantage for row in rows for _, r in row for _ in r.completion.tokens])
-    return TrainingBatch(collated.tokens_BT, collated.positions_BT,
-                         collated.targets_BT.clamp(min=0), weights_BT, norm, metrics)
+    return TrainingBatch(**vars(packed), norm=norm, metrics=metrics)
 
 
 def check(specs: tuple[SourceSpec, ...], parallel: str, where: str = "stages.rl") -> None:

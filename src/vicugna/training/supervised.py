@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from vicugna import data, files
-from vicugna.data import IGNORED, Batch, Stream
+from vicugna.data import Batch, Stream
 from vicugna.distributed import Ranks
 from vicugna.errors import VicugnaError
 from vicugna.tokenizer import Tokenizer
@@ -42,10 +42,10 @@ def batches(network: nn.Module, tokenizer: Tokenizer, spec: TrainSpec, seed: int
     def batch_of(step: int) -> TrainingBatch:
         nonlocal prefetched
         if ranks.device.type == "cpu":  # another thread would take the cores that train
-            batch = _weighted(stream.batch(step, spec.rows, ranks.rank, ranks.world))
+            batch = _counted(stream.batch(step, spec.rows, ranks.rank, ranks.world))
         else:
             prefetched = prefetched or stream.batches(step, spec.rows, ranks.rank, ranks.world)
-            batch = _weighted(next(prefetched))
+            batch = _counted(next(prefetched))
         batch.norm = max(1.0, ranks.total(batch.norm)[0])
         return batch
 
@@ -73,7 +73,7 @@ def check_length(length: int, context: int, where: str) -> None:
 def _validation(stream: Stream, spec: TrainSpec, ranks: Ranks) -> Validate:
     """Gives `validation_loss`, on rows never trained on, every `validate_every` steps."""
     count = -(-spec.validation_rows // ranks.world)  # on each rank: FSDP2 gathers weights for each
-    rows = [_weighted(stream.batch(ranks.rank + n * ranks.world, 1)) for n in range(count)]
+    rows = [_counted(stream.batch(ranks.rank + n * ranks.world, 1)) for n in range(count)]
     if ranks.rank + (count - 1) * ranks.world >= spec.validation_rows:
         rows[-1].weights_BT.zero_()
         rows[-1].norm = 0.0
@@ -89,8 +89,6 @@ def _validation(stream: Stream, spec: TrainSpec, ranks: Ranks) -> Validate:
     return validate
 
 
-def _weighted(batch: Batch) -> TrainingBatch:
-    """Every target weighs 1; `norm` is their number in this batch."""
-    weights_BT = (batch.targets_BT != IGNORED).float()
-    return TrainingBatch(batch.tokens_BT, batch.positions_BT, batch.targets_BT.clamp(min=0),
-                         weights_BT, float(weights_BT.sum()))
+def _counted(batch: Batch) -> TrainingBatch:
+    """Its `norm` is the number of targets in this batch."""
+    return TrainingBatch(**vars(batch), norm=float(batch.weights_BT.sum()))
