@@ -50,6 +50,12 @@ def package() -> ModuleType:
     return gguf
 
 
+def unrepresentable(what: str, where: str = "config.json") -> VicugnaError:
+    """The error for what llama.cpp, and so GGUF, has no place for."""
+    return VicugnaError(f"{what} cannot be represented in GGUF", where,
+                        "Convert to a Hugging Face folder instead")
+
+
 @dataclass(frozen=True)
 class Entry:
     """A tensor of a file: its GGML type, its shape as PyTorch has it, its bytes, mapped, and where

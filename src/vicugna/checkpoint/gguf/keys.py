@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vicugna import models
+from vicugna.checkpoint.gguf.file import unrepresentable
 from vicugna.checkpoint.stored import broken, short
 from vicugna.errors import VicugnaError, config_error
 from vicugna.models.layers import rope
@@ -81,11 +82,6 @@ def parsed(config: Mapping[str, Any]) -> Any:
     return module.Config.from_dict(config)
 
 
-def _not_in_gguf(what: str) -> VicugnaError:
-    return config_error(f"{what} cannot be represented in GGUF",
-                        "Convert to a Hugging Face folder instead")
-
-
 def hyperparameters(config: Mapping[str, Any]) -> dict[str, Any]:
     """GGUF's keys for a config.json, after the architecture's name.
 
@@ -108,16 +104,16 @@ def _llama4(shape: Any) -> dict[str, Any]:
     """The keys that are not fields, for a Llama 4 that llama.cpp computes."""
     layers = range(shape.num_hidden_layers)
     if shape.attention_bias:
-        raise _not_in_gguf("attention_bias")
+        raise unrepresentable("attention_bias")
     if any(shape.has_rope(n) != ((n + 1) % WITHOUT_ROPE != 0) for n in layers):
-        raise _not_in_gguf(f"RoPE in other layers than all but every {WITHOUT_ROPE}th")
+        raise unrepresentable(f"RoPE in other layers than all but every {WITHOUT_ROPE}th")
     if shape.use_qk_norm != (shape.num_local_experts != NO_NORM):
-        raise _not_in_gguf(f"use_qk_norm {shape.use_qk_norm} with {shape.num_local_experts} "
+        raise unrepresentable(f"use_qk_norm {shape.use_qk_norm} with {shape.num_local_experts} "
                            "experts")
     mixtures = [shape.has_experts(n) for n in layers]
     step = [*mixtures, True].index(True) + 1
     if mixtures != [(n + 1) % step == 0 for n in layers]:
-        raise _not_in_gguf("experts in other layers than every nth")
+        raise unrepresentable("experts in other layers than every nth")
     return {"interleave_moe_layer_step": step}
 
 
@@ -125,11 +121,11 @@ def _deepseek2(shape: Any) -> dict[str, Any]:
     """The keys that are not fields, for a DeepSeek that llama.cpp computes."""
     layers, rank = shape.num_hidden_layers, shape.q_lora_rank
     if shape.attention_bias:
-        raise _not_in_gguf("attention_bias")
+        raise unrepresentable("attention_bias")
     if shape.n_shared_experts == 0 or shape.routed_scaling_factor == 0:
-        raise _not_in_gguf("n_shared_experts or routed_scaling_factor of 0")
+        raise unrepresentable("n_shared_experts or routed_scaling_factor of 0")
     if rank is not None and (layers in LITE or (layers, shape.vocab_size) == LITE_48):
-        raise _not_in_gguf(f"q_lora_rank in {layers} layers, by which llama.cpp knows a Lite "
+        raise unrepresentable(f"q_lora_rank in {layers} layers, by which llama.cpp knows a Lite "
                            "model,")
     R, P = shape.kv_lora_rank, shape.qk_rope_head_dim
     all_groups = shape.topk_group == shape.n_group  # llama.cpp wants one then
@@ -147,7 +143,7 @@ def _scaling(shape: Any, architecture: str) -> dict[str, Any]:
     known = {"llama": ("linear", "yarn", "llama3"), "llama4": ("linear", "yarn", "llama3"),
              "qwen2": ("linear", "yarn"), "deepseek2": ("yarn",)}[architecture]
     if kind not in ("default", *known):
-        raise _not_in_gguf(f"rope_scaling {kind}")
+        raise unrepresentable(f"rope_scaling {kind}")
     if kind not in ("linear", "yarn"):
         return {}
     plain: dict[str, Any] = {"rope_type": kind, "factor": float(scaling["factor"])}
@@ -159,11 +155,11 @@ def _scaling(shape: Any, architecture: str) -> dict[str, Any]:
         plain |= {"mscale": weight, "mscale_all_dim": weight}
         found[YARN_LOG_MULTIPLIER] = 0.1 * weight
         if weight <= 0 or plain["factor"] < 1:
-            raise _not_in_gguf("yarn without mscale_all_dim, or of a factor below 1,")
+            raise unrepresentable("yarn without mscale_all_dim, or of a factor below 1,")
     if rope.attention_factor(plain) != rope.attention_factor(scaling) or not torch.equal(
             *(rope.inverse_frequencies(shape.head_dim, shape.rope_theta, x)
               for x in (plain, scaling))):
-        raise _not_in_gguf("rope_scaling yarn of unusual settings")
+        raise unrepresentable("rope_scaling yarn of unusual settings")
     return found
 
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from vicugna.checkpoint import names
+from vicugna.checkpoint.gguf.file import unrepresentable
 from vicugna.checkpoint.gguf.keys import ARCHITECTURES, parsed
 from vicugna.checkpoint.names import general
 from vicugna.checkpoint.stored import Stored, broken, short
-from vicugna.errors import VicugnaError
 
 FREQUENCIES = "rope_freqs.weight"  # what llama.cpp divides RoPE's frequencies by
 
@@ -103,8 +103,7 @@ def targets(config: Mapping[str, Any], tensors: Mapping[str, Stored]) -> list[Ta
     for name in sorted(tensors, key=_order):
         layer, anywhere = general(name)
         if not (parameter := table.get(anywhere)) or not parameter.gguf:
-            raise VicugnaError(f"GGUF has no name for tensor {short(name)}", "",
-                               "Convert to a Hugging Face folder instead")
+            raise unrepresentable(f"tensor {short(name)}")
         layout = special.get(in_layer(name), PLAIN)
         for index, theirs in enumerate(one.replace("#", layer) for one in parameter.gguf):
             found.setdefault(theirs, Target(theirs, index, layout, [])

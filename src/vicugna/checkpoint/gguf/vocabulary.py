@@ -10,9 +10,11 @@ import json
 import re
 import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from vicugna.checkpoint.gguf.file import unrepresentable
 from vicugna.errors import VicugnaError
 from vicugna.tokenizer import Tokenizer, byte_level
 from vicugna.tokenizer.model_file import merges
@@ -27,6 +29,7 @@ NAMES = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "unk_token": 
 # Tokens that llama.cpp's converter takes for control tokens though their makers do not.
 LOOKS_SPECIAL = re.compile(r"<\|.*\|>|<｜.*｜>|<unused.*>|<pad>|<mask>|<2mass>|\[@BOS@\]")
 
+_foreign = partial(unrepresentable, where="tokenizer.json")
 # llama.cpp's names of pre-tokenizers: the expressions that split a text, and whether a word that is
 # a token is not split, whatever the merges are (ignore_merges; src/llama-vocab.cpp).
 SPLITS: dict[str, tuple[tuple[str, ...], bool]] = {
@@ -107,11 +110,6 @@ def describe(tokenizer: Tokenizer | None, files: Mapping[str, bytes], config: Ma
     keys = {f"{GGML}{key}": value for key, value in found.items()}
     keys |= {WHOLE: whole, OURS: json.dumps(texts, ensure_ascii=False, sort_keys=True)}
     return keys | ({TEMPLATE: tokenizer.template} if tokenizer.template else {})
-
-
-def _foreign(what: str) -> VicugnaError:
-    return VicugnaError(f"{what} cannot be represented in GGUF", "tokenizer.json",
-                        "llama.cpp has no such kind; convert to a Hugging Face folder instead")
 
 
 def _steps(step: Any, inner: str) -> list[dict[str, Any]]:
