@@ -4,8 +4,7 @@ A network may stack in one parameter what files hold apart (a mixture's experts)
 tensors that it does not compute with, which are passed through. See checkpoint/names.
 """
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,15 +66,15 @@ class Parts:
         for name, other in self.tied.items():  # safetensors' save_model keeps the head of the two
             if name in stored and other not in stored:
                 stored[other] = stored.pop(name).renamed(other)
-        made_of: dict[str, list[str]] = {}
+        wanted: dict[str, dict[str, Tensor]] = {}
         for name, tensor in self.state.items():
             if name in stored or name not in self.tied:
                 # The names of more experts than there are tensors would only fill memory.
                 whole = name in stored or (tensor.dim() > 2 and len(tensor) > len(stored))
-                made_of[name] = (not whole and naming.of_experts(name, len(tensor))) or [name]
-        _compare({one: _shape(self.state[name], name, those) for name, those in made_of.items()
-                  for one in those}, stored, self.folder)
-        self.made_of = {name: [stored[one] for one in those] for name, those in made_of.items()}
+                wanted[name] = {name: tensor} if whole else split(naming, name, tensor)
+        _compare({one: tuple(view.shape) for views in wanted.values()
+                  for one, view in views.items()}, stored, self.folder)
+        self.made_of = {name: [stored[one] for one in views] for name, views in wanted.items()}
 
     @property
     def by_name(self) -> dict[str, Stored]:
@@ -172,16 +171,16 @@ def place(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 def named_tensors(network: Any) -> dict[str, Tensor]:
     """The network's parameters (tied ones once, experts apart) and buffers, by
     their names in a checkpoint's files and without copies."""
-    tied, state = ties(network), network.state_dict()
-    return {part: view for name, tensor in state.items() if name not in tied
-            for part, view in split(network, name, tensor).items()}
+    tied, naming = ties(network), names_of(network)
+    return {part: view for name, tensor in network.state_dict().items() if name not in tied
+            for part, view in split(naming, name, tensor).items()}
 
 
-def split(network: Any, name: str, tensor: Tensor) -> dict[str, Tensor]:
+def split(naming: Names, name: str, tensor: Tensor) -> dict[str, Tensor]:
     """The tensors that files hold of a parameter, by name: of a stack each expert's."""
-    parts = names_of(network).of_experts(name, len(tensor) if tensor.dim() else 0) or [name]
-    views = tensor.reshape(len(parts), *_shape(tensor, name, parts))
-    return dict(zip(parts, views, strict=True))
+    parts = naming.of_experts(name, len(tensor) if tensor.dim() else 0)
+    return dict(zip(parts, tensor.reshape(len(parts), -1, tensor.shape[-1]), strict=True)
+                ) if parts else {name: tensor}
 
 
 def names_of(network: Any) -> Names:
@@ -195,13 +194,6 @@ def ties(network: nn.Module) -> dict[str, str]:
     every = network.named_parameters(remove_duplicate=False)
     return {name: other for name, parameter in every
             if (other := first.setdefault(id(parameter), name)) != name}
-
-
-def _shape(tensor: Tensor, name: str, names: Sequence[str]) -> tuple[int, ...]:
-    """The shape of each part of the parameter `name` that files hold under `names`."""
-    if names == [name]:
-        return tuple(tensor.shape)
-    return math.prod(tensor.shape[:-1]) // len(names), tensor.shape[-1]
 
 
 def _compare(wanted: Mapping[str, tuple[int, ...]], stored: Mapping[str, Stored],
