@@ -10,7 +10,7 @@ from vicugna.checkpoint.gguf import writer
 from vicugna.checkpoint.gguf.file import KINDS, MAGIC
 from vicugna.checkpoint.hf import directory
 from vicugna.checkpoint.load import survey
-from vicugna.checkpoint.state_dict import Parts, build
+from vicugna.checkpoint.state_dict import Parts
 from vicugna.dtypes import DTYPES
 from vicugna.errors import VicugnaError
 from vicugna.files import disk_errors, replacing, sweep_temporaries
@@ -39,7 +39,7 @@ def convert(source: str | Path, target: str | Path, form: str | None = None,
                            f"Use one of {', '.join(known)}")
     found = survey(source)
     _check_target(found.folder, target, form)
-    parts, conversion = Parts(build(found), found), Conversion(str(source), lossy)
+    parts, conversion = Parts(found), Conversion(str(source), lossy)
     tensors = parts.by_name
     if form == "gguf":
         writer.note_losses(conversion, found.config, dtype, len(parts.passthrough))

@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from vicugna.checkpoint import foreign, state_dict
+from vicugna.checkpoint import foreign
 from vicugna.checkpoint.checkpoint import Checkpoint, Origin
 from vicugna.checkpoint.gguf import reader as gguf
 from vicugna.checkpoint.hf import directory
 from vicugna.checkpoint.meta import original as meta
 from vicugna.checkpoint.source import locate
-from vicugna.checkpoint.state_dict import Parts, StoredTensors
+from vicugna.checkpoint.state_dict import Parts, StoredTensors, place
 from vicugna.checkpoint.stored import Mapped
 from vicugna.checkpoint.survey import Survey
 from vicugna.files import disk_errors
@@ -34,11 +34,11 @@ def survey(path: str | Path) -> Survey:
     unpickled and no code of the checkpoint is run. Raises VicugnaError.
     """
     with disk_errors(path):
-        place = locate(path)
+        found = locate(path)
         for recognises, read_facts in READERS:
-            if recognises(place):
-                return read_facts(place)
-        raise foreign.explain(place)
+            if recognises(found):
+                return read_facts(found)
+        raise foreign.explain(found)
 
 
 def read(path: str | Path, dtype: torch.dtype | None = torch.float32,
@@ -51,14 +51,13 @@ def read(path: str | Path, dtype: torch.dtype | None = torch.float32,
     there are none: see Origin. Raises VicugnaError.
     """
     found, device = survey(path), torch.device(device)
-    network, without_weights = state_dict.build(found), device.type == "meta"
-    parts = Parts(network, found)
+    parts, without_weights = Parts(found), device.type == "meta"
     large = sum(part.nbytes for part in found.stored.values()) > AT_ONCE
     mapped = Mapped(later=large or without_weights)
     with disk_errors(path):
         if not without_weights:
-            state_dict.place(network, dict(parts.values(dtype, device, mapped)))
-            network.eval()
+            place(parts.network, dict(parts.values(dtype, device, mapped)))
+            parts.network.eval()
         passthrough = {name: mapped.read([part], part.shape, part.kind, torch.device("cpu"))
                        for name, part in parts.passthrough.items()}
     origin = Origin(found.config, found.tokenizer, found.files, passthrough)
@@ -67,8 +66,8 @@ def read(path: str | Path, dtype: torch.dtype | None = torch.float32,
                          stored=StoredTensors(parts, dtype))
     elif mapped.unchecked:  # else the mappings of converted tensors may go
         origin = replace(origin, check=mapped.check)
-        _check_first_run(network, mapped)
-    return Checkpoint(network, found.tokenizer, found.generation_config, origin)
+        _check_first_run(parts.network, mapped)
+    return Checkpoint(parts.network, found.tokenizer, found.generation_config, origin)
 
 
 def _check_first_run(network: nn.Module, mapped: Mapped) -> None:

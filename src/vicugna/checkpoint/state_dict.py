@@ -50,12 +50,14 @@ def build(found: Survey) -> nn.Module:
 
 
 class Parts:
-    """The stored tensors that make up a network of the checkpoint `found`: `made_of` has them for
-    each parameter and buffer, in order, and `passthrough` those that it does not compute with.
-    VicugnaError where names or shapes do not fit."""
+    """The stored tensors that make up the `network` of a checkpoint, which is on the meta device:
+    `made_of` has them for each parameter and buffer, in order, and `passthrough` those that it does
+    not compute with. VicugnaError as `build`, and where names or shapes do not fit."""
 
-    def __init__(self, network: Any, found: Survey) -> None:
-        self.network, self.folder, self.tied = network, found.folder, ties(network)
+    def __init__(self, found: Survey) -> None:
+        self.network: Any = build(found)
+        network = self.network
+        self.folder, self.tied = found.folder, ties(network)
         self.state, self.buffers = network.state_dict(), dict(network.named_buffers())
         naming = names_of(network)
         self.passthrough = {name: tensor for name, tensor in found.stored.items()

@@ -20,10 +20,10 @@ def info(
     """Show architecture, sizes, dtypes, context, tokenizer and digest of MODEL."""
     from vicugna import checkpoint, progress
     from vicugna.checkpoint.digest import digest_stored
-    from vicugna.checkpoint.state_dict import Parts, build
+    from vicugna.checkpoint.state_dict import Parts
 
     found = checkpoint.survey(model)
-    parts = Parts(build(found), found)
+    parts = Parts(found)
     facts = _facts(found, parts.network)
     if digest:
         with progress.bar("digest", len(parts.by_name) + len(parts.passthrough)) as report:
