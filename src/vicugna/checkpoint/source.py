@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from vicugna.checkpoint import foreign
-from vicugna.checkpoint.gguf import reader as gguf
 from vicugna.errors import VicugnaError, did_you_mean
 
 
@@ -34,13 +32,9 @@ def locate(model: str | Path) -> Path:
     """The local folder or file of a model: what stands at that path, or else the file of the
     package or the Hub's snapshot of that name. VicugnaError; OSError."""
     path, name = Path(os.path.expanduser(model)), str(model)
-    if path.is_dir() or gguf.recognises(path):
-        return path
     if path.exists():
-        raise foreign.explain(path)
-    if name in PACKAGED:
-        return _packaged(name)
-    return download(name)
+        return path
+    return _packaged(name) if name in PACKAGED else download(name)
 
 
 def _packaged(name: str) -> Path:
