@@ -123,8 +123,8 @@ class Mapped:
             tensor = self._files[file].get_tensor(stored.key or stored.name)
         else:
             if file not in self._files:
-                storage: Any = torch.UntypedStorage.from_file(str(file), shared=False, nbytes=size)
-                self._files[file] = torch.empty(0, dtype=torch.uint8).set_(storage)
+                self._files[file] = torch.from_file(str(file), shared=False, size=size,
+                                                    dtype=torch.uint8)
             flat = self._files[file][stored.begin : stored.begin + stored.nbytes]
             tensor = torch.frombuffer(flat.numpy(), dtype=stored.dtype).view(stored.shape)
         address = tensor.data_ptr() - stored.begin
