@@ -111,10 +111,21 @@ def _sentencepiece(data: bytes, legacy: bool) -> tuple[tokenizers.Tokenizer, dic
     special = {key: names[id] for key, number, default in (
         ("unk_token", 40, 0), ("bos_token", 41, 1), ("eos_token", 42, 2), ("pad_token", 43, -1))
         if 0 <= (id := trainer.get(number, default)) < len(names)}  # -1 is 2**64 - 1 in the file
+    raw = sentencepiece(ids, spelled, special["unk_token"], bool(normalizer.get(3, 1)),
+                        bool(trainer.get(35)), legacy)
+    raw.add_tokens([AddedToken(name, special=kind != _USER_DEFINED, normalized=False)
+                    for name, kind in zip(names, kinds, strict=True)
+                    if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)])
+    return _finished(raw, special, legacy=legacy)
+
+
+def sentencepiece(ids: dict[str, int], spelled: Collection[str], unk_token: str, prefix: bool,
+                  byte_fallback: bool = True, legacy: bool = True) -> tokenizers.Tokenizer:
+    """SentencePiece's BPE: text is made of the tokens `spelled`, those that stand first are merged
+    first. `prefix` puts a space before a text; for `legacy` see `from_model_file`."""
     raw = tokenizers.Tokenizer(models.BPE(
         ids, list(merges(spelled, lambda left, right: len(left))), fuse_unk=True,
-        unk_token=special["unk_token"], byte_fallback=bool(trainer.get(35))))
-    prefix = bool(normalizer.get(3, 1))
+        unk_token=unk_token, byte_fallback=byte_fallback))
     if legacy:
         raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁")] * prefix
                                               + [normalizers.Replace(" ", "▁")])
@@ -123,10 +134,7 @@ def _sentencepiece(data: bytes, legacy: bool) -> tuple[tokenizers.Tokenizer, dic
             "▁", prepend_scheme="first" if prefix else "never", split=False)
     raw.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(),
                                      decoders.Fuse()] + [decoders.Strip(" ", 1, 0)] * prefix)
-    raw.add_tokens([AddedToken(name, special=kind != _USER_DEFINED, normalized=False)
-                    for name, kind in zip(names, kinds, strict=True)
-                    if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)])
-    return _finished(raw, special, legacy=legacy)
+    return raw
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, Any]]:

@@ -82,7 +82,7 @@ def save(model: Checkpoint, folder: Path, ranks: Ranks) -> str:
             model.save(folder)
         return model.digest if ranks.first else ""
     # First each into a file of its own: a checkpoint's files have another order than the network.
-    tied = state_dict.ties(model.network)
+    tied, naming = state_dict.ties(model.network), state_dict.names_of(model.network)
     with (disk_errors(folder), TemporaryDirectory(
             prefix=".gathered.", suffix=".tmp", dir=folder.parent) as temporary):
         for name, tensor in model.network.state_dict().items():
@@ -90,7 +90,7 @@ def save(model: Checkpoint, folder: Path, ranks: Ranks) -> str:
             if ranks.first and name not in tied:
                 part = Path(temporary, name)
                 part.mkdir()
-                weights.write(part, state_dict.split(model.network, name, full.cpu()))
+                weights.write(part, state_dict.split(naming, name, full.cpu()))
         if not ranks.first:
             return ""
         model.save(folder, {**weights.scan(Path(temporary).rglob("*.safetensors")),

@@ -17,7 +17,7 @@ from typing import Any
 from vicugna.checkpoint.gguf.file import unrepresentable
 from vicugna.errors import VicugnaError
 from vicugna.tokenizer import Tokenizer, byte_level
-from vicugna.tokenizer.model_file import merges
+from vicugna.tokenizer.model_file import sentencepiece
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 GGML, WHOLE, TEMPLATE = "tokenizer.ggml.", "tokenizer.huggingface.json", "tokenizer.chat_template"
@@ -265,17 +265,7 @@ def _sentencepiece(values: Mapping[str, Any]) -> dict[str, Any]:
     tokens, kinds, scores = values["tokens"], values["token_type"], values["scores"].tolist()
     pieces = sorted((id for id in vocabulary.values() if kinds[id] in (NORMAL, USER_DEFINED)),
                     key=lambda id: (-scores[id], id))
-    pairs = merges(dict.fromkeys(tokens[id] for id in pieces), lambda left, right: len(left))
-    prefix = values.get("add_space_prefix", True)
-    space, back = ({"type": "Replace", "pattern": {"String": one}, "content": other}
-                   for one, other in ((" ", "▁"), ("▁", " ")))
-    steps = [{"type": "Prepend", "prepend": "▁"}] if prefix else []
-    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
-    return shared | {
-        "normalizer": {"type": "Sequence", "normalizers": [*steps, space]}, "pre_tokenizer": None,
-        "decoder": {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"},
-                                                     {"type": "Fuse"}, *strip]},
-        "model": {"type": "BPE", "dropout": None, "continuing_subword_prefix": None,
-                  "end_of_word_suffix": None, "fuse_unk": True, "byte_fallback": True,
-                  "unk_token": tokens[values.get("unknown_token_id", 0)], "ignore_merges": False,
-                  "vocab": vocabulary, "merges": [list(pair) for pair in pairs]}}
+    raw = sentencepiece(vocabulary, dict.fromkeys(tokens[id] for id in pieces),
+                        tokens[values.get("unknown_token_id", 0)],
+                        bool(values.get("add_space_prefix", True)))
+    return json.loads(raw.to_str()) | shared
