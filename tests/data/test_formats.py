@@ -57,7 +57,8 @@ FORMS: dict[str, str] = {
     "a.json": json.dumps(ROWS, indent=2), "b.json": "\n".join(map(json.dumps, ROWS)),
     "c.JSON": json.dumps(ROWS),
     "a.jsonl": "\n".join(map(json.dumps, ROWS)), "b.JSONL": "\n".join(map(json.dumps, ROWS)),
-    "c.NdJson": "\n".join(map(json.dumps, ROWS)), "a.csv": table(ROWS), "b.CSV": table(ROWS, ";"),
+    "c.NdJson": "\n".join(map(json.dumps, ROWS)), "d.jsonlines": "\n".join(map(json.dumps, ROWS)),
+    "a.csv": table(ROWS), "b.CSV": table(ROWS, ";"),
     "a.tsv": table(ROWS, "\t")}
 
 
@@ -141,6 +142,13 @@ def test_a_column_says_which_form_is_meant() -> None:
     *((f"a{suffix}", b"x", f"a{suffix}", "files are not read") for suffix in (
         ".zip", ".tar.gz", ".TGZ", ".arrow", ".xlsx", ".pdf", ".safetensors")),
     ("a.parquet.gz", b"x", "a.parquet.gz", "files are not read"),
+    *((f"a{suffix}", json.dumps(ROWS[0]), f"a{suffix}", "it holds JSON") for suffix in (
+        "", ".txt", ".jsonl.bak", ".json5")),
+    ("a.txt", json.dumps({"id": 1, **ROWS[0]}), "a.txt", "it holds JSON"),
+    ("a.gz", gzip.compress(json.dumps(ROWS).encode()), "a.gz", "it holds JSON"),
+    ("a.jsonl", json.dumps({"messages": [CHAT[0], {"role": "assistant", "content": "",
+     "function_call": {"name": "add", "arguments": "{}"}}]}), "a.jsonl line 1, messages[1]",
+     "function_call"),
 ])
 def test_what_is_refused(tok: Tokenizer, name: str, content: str | bytes, where: str, what: str
                          ) -> None:
@@ -181,6 +189,8 @@ def test_tables_keep_tools(kind: str, stored: str, monkeypatch: pytest.MonkeyPat
     assert first.messages == [CHAT[0], CALL]
     bare = chats([{"messages": CHAT, "tools": tools[:0]}], kind, monkeypatch)
     assert bare[0].tools is None
+    null = chats([{"messages": CHAT, "tools": "null"}], kind, monkeypatch)  # of json.dumps(None)
+    assert null[0].tools is None
 
 
 @pytest.mark.parametrize("kind", ["parquet", "hub"])

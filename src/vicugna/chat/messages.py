@@ -66,6 +66,8 @@ def _problem(message: Any) -> str | None:
     role = message.get("role")
     if role not in (*ROLES, "ipython"):  # Llama's own name for a tool
         return f"role must be one of {', '.join(ROLES)}, not {str(role)[:40]!r}"
+    if message.get("function_call"):
+        return "function_call is not supported: use tool_calls"
     calls = message.get("tool_calls")
     if calls and role != "assistant":
         return "only an assistant's message may have tool_calls"

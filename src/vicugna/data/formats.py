@@ -45,7 +45,7 @@ def rows(path: Path, columns: Callable[[list[str]], list[str]]) -> Iterator[Row]
             return _parquet_rows(path, columns)
         case ".json":
             return _json_rows(path)
-        case ".jsonl" | ".ndjson":
+        case ".jsonl" | ".ndjson" | ".jsonlines" | ".jl":
             return json_lines(path)
         case ".csv" | ".tsv":
             return _csv_rows(path)

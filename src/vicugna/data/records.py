@@ -125,8 +125,8 @@ def _message(turn: Any) -> Any:
 
 
 def _decoded(value: Any) -> Any:
-    """A value itself or, where it is JSON text of a list or an object, that."""
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+    """A value itself or, where it is JSON text of a list, an object or null, that."""
+    if isinstance(value, str) and (value.lstrip()[:1] in ("[", "{") or value.strip() == "null"):
         with suppress(ValueError, RecursionError):
             return json.loads(value)
     return value

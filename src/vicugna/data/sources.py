@@ -3,6 +3,7 @@
 import glob
 import json
 import os
+import re
 import sysconfig
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -23,6 +24,7 @@ STDLIB, TASK, HUB = "stdlib", "task:", "hf:"
 CHUNK = 1 << 17  # characters of a long text that are held at once
 _NOT_STDLIB = {"test", "tests", "idlelib", "site-packages", "dist-packages", "__pycache__",
                "idle_test", "turtledemo", "encodings"}  # encodings: tables of numbers
+_ROWS = re.compile(r'\s*\[?\s*\{.{0,200}?"(messages|conversations?|text|prompt|question)"\s*:')
 Amount = int | float | Annotated[list[int | float], Field(min_length=2, max_length=2)]
 
 
@@ -146,7 +148,10 @@ def _read_file(path: Path, column: str | None) -> Iterator[Text | Chat]:
 def _text_chunks(path: Path) -> Iterator[Text]:
     """One document, cut where a line starts with no space: there tokens never straddle."""
     held = ""
-    for line in formats.lines(path):
+    for number, line in enumerate(formats.lines(path)):
+        if not number and _ROWS.match(line):
+            raise VicugnaError("it holds JSON, but its name says plain text", str(path),
+                               "Let its name end in .jsonl or .json")
         if len(held) >= CHUNK and not line[0].isspace():
             yield Text(held, last=False)
             held = ""
