@@ -87,7 +87,11 @@ def test_what_a_checkpoint_to_start_from_excludes(stages: list[Any], said: str) 
 @pytest.mark.parametrize(("setting", "said"), [
     ("sft.steps=5", "--set: unknown key 'sft.steps'. Did you mean 'stages.sft.steps'?"),
     ("stages.sfft.steps=4", "no stage is called 'sfft'. Did you mean 'sft'?"),
-    ("stages.sft.sources.0=x", "no stage is called '0'"),
+    ("stages.sft.sources.0=x", "stages.sft.sources.0 is part of a list. Set the whole list"),
+    ("stages.eval.groups.reasoning.n=3", "is part of a list. Set the whole list"),
+    ("stages.eval.compare_groups=[retreival]", "no group 'retreival'. Did you mean 'retrieval'?"),
+    ("name=../elsewhere", "name: String should match pattern"),
+    ("name=''", "name: String should match pattern"),
     ("stages.sft.stepz=3", "unknown key 'stages.sft.stepz'. Did you mean 'steps'?"),
     ("stages.sft.optimiser.clib=3", "unknown key 'stages.sft.optimiser.clib'. Did you mean 'clip'"),
     ("stages.sft.steps=0", "stages.sft.steps: Input should be greater than or equal to 1"),
@@ -95,15 +99,22 @@ def test_what_a_checkpoint_to_start_from_excludes(stages: list[Any], said: str) 
     ("stages.sft={steps: 3}", "a stage without its kind. Give the key kind"),
     ("stages.sft=3", "stages.2: Input should be a valid dictionary"),
     ("stages.sft.name=a.b", "stages.a.b.name: String should match pattern"),
-    ("stages=3", "stages: Input should be a valid tuple"),
-    ("stages={sft: {steps: 3}}", "stages: Input should be a valid tuple"),
-    ("stages=[]", "stages: Tuple should have at least 1 item"),
+    ("stages=3", "stages: Input should be a valid list"),
+    ("stages={sft: {steps: 3}}", "stages: Input should be a valid list"),
+    ("stages=[]", "stages: List should have at least 1 item"),
     ("date=tomorrow", "date: Input should be a valid date"),
 ])
 def test_overrides_that_fit_nothing(setting: str, said: str) -> None:
     with pytest.raises(VicugnaError) as caught:
         read("tiny", [setting])
     assert said in str(caught.value)
+
+
+def test_what_is_not_yaml_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("stages: [\n- {")
+    with pytest.raises(VicugnaError, match="not valid YAML: while parsing a flow") as caught:
+        read(tmp_path / "r.yaml")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("stages", [3, None, "sft", {"sft": {"steps": 1}}, [3, None, [], {}]])

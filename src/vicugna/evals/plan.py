@@ -7,8 +7,10 @@ from datetime import date as Date
 from itertools import product
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from vicugna import chat, tasks
-from vicugna.errors import VicugnaError
+from vicugna.errors import VicugnaError, did_you_mean
 from vicugna.files import digest_of
 from vicugna.tasks import Difficulty, Item, Task
 from vicugna.tokenizer import Tokenizer
@@ -30,6 +32,9 @@ class Spec:
     def __post_init__(self) -> None:
         if min(self.n, self.max_new_tokens, self.length_tokens + 1) < 1:
             raise ValueError("n, max_new_tokens and length_tokens must be positive")
+
+
+_SPEC = TypeAdapter(Spec)
 
 
 @dataclass(frozen=True)
@@ -84,18 +89,24 @@ class Plan:
 def grid(content: Mapping[str, Any]) -> list[Spec]:
     """The specs of one eval group of a recipe: lists in `length_tokens` and `difficulty` mean each
     value with each of the others. Raises VicugnaError for keys and values not known."""
+    axes = {"length_tokens": 0, "difficulty": {}, **content}
+    where, difficulty = f"eval group {content.get('group', '(unnamed)')!r}", axes["difficulty"]
+    if not isinstance(difficulty, Mapping):
+        raise VicugnaError("difficulty is not a mapping", where, "Correct this group")
+    for keys, kind in ((axes, Spec), (difficulty, Difficulty)):
+        known = [one.name for one in fields(kind)]
+        for key in keys.keys() - {*known}:
+            raise VicugnaError(f"unknown key {key!r}", where, did_you_mean(key, known))
+    each = [value if isinstance(value, list) else [value]
+            for value in (axes["length_tokens"], *difficulty.values())]
     try:
-        axes = {"length_tokens": 0, "difficulty": {}, **content}
-        if not isinstance(axes["difficulty"], Mapping):
-            raise ValueError("difficulty is not a mapping")
-        each = [value if isinstance(value, list) else [value]
-                for value in (axes["length_tokens"], *axes["difficulty"].values())]
-        return [Spec(**{**axes, "length_tokens": length, "difficulty": Difficulty(
-            **dict(zip(axes["difficulty"], values, strict=True)))})
-            for length, *values in product(*each)]
-    except (TypeError, ValueError) as error:
-        raise VicugnaError(str(error), f"eval group {content.get('group', '(unnamed)')!r}",
-                           "Correct this group") from error
+        return [_SPEC.validate_python({**axes, "length_tokens": length, "difficulty": dict(
+            zip(difficulty, values, strict=True))}) for length, *values in product(*each)]
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        message = f"{key}: {first['msg']}".removeprefix(": Value error, ")
+        raise VicugnaError(message, where, "Correct this group") from error
 
 
 def build_plan(groups: Iterable[Mapping[str, Any]], tokenizer: Tokenizer, date: Date) -> Plan:

@@ -147,7 +147,7 @@ class DataSpec(Strict):
 
 class Recipe(Strict):
     """A model's stages, in order, and what they share."""
-    name: str = "run"
+    name: str = Field("run", pattern=r"^\w[^/\\]*$")  # of the run's folder, in runs/
     seed: int = Field(0, ge=0)
     date: datetime.date = DATE  # today, to chat templates that ask for it
     threads: int | None = Field(None, ge=1)
@@ -263,6 +263,10 @@ def _check_order(recipe: Recipe, stage: AnyStage) -> None:
         case EvalSpec() if unknown := sorted({*stage.compare} - {*known}):
             what = f"compare: no training stage {unknown[0]!r} comes before it"
             fix = did_you_mean(unknown[0], known)
+        case EvalSpec() if unknown := sorted({*stage.compare_groups} - {
+                *(groups := [str(one.get("group")) for one in stage.groups])}):
+            what = f"compare_groups: no group {unknown[0]!r}"
+            fix = did_you_mean(unknown[0], groups)
         case ReleaseSpec() if model == START:
             what, fix = "no stage before it trains a model", "Put it after one that does"
         case ReleaseSpec() if not recipe.evidence(stage.name):
@@ -294,7 +298,8 @@ def read(recipe: str | Path, settings: Sequence[str] = ()) -> Recipe:
     try:
         values = yaml.safe_load(read_text(path))
     except yaml.YAMLError as error:
-        raise VicugnaError(f"not valid YAML: {error}", str(path), "Correct the file") from error
+        raise VicugnaError(f"not valid YAML: {' '.join(str(error).split())}", str(path),
+                           "Correct the file") from error
     if not isinstance(values, dict):
         raise VicugnaError("not a recipe: the file holds no keys", str(path), "See recipes/")
     earlier_recipe.refuse(values, str(path))
@@ -347,6 +352,8 @@ def _names(stages: Any) -> list[str]:
 
 def _number(stages: list[Any], name: str, key: str) -> int:
     if name not in (names := _names(stages)):
+        if not any(names):
+            raise VicugnaError(f"{key} is part of a list", "--set", "Set the whole list")
         raise VicugnaError(f"no stage is called {name!r}", f"--set {key}",
                            did_you_mean(name, names))
     return names.index(name)
@@ -375,4 +382,5 @@ def _refusal(error: ValidationError, values: dict[str, Any], path: str) -> Vicug
                 spec = next(k for k in (spec, *get_args(spec)) if hasattr(k, "model_fields"))
         return VicugnaError(f"unknown key {key!r}", path,
                             did_you_mean(location[-1], spec.model_fields))
-    return VicugnaError(f"{key}: {first['msg']}", path, "Correct the recipe")
+    message = first["msg"].replace("tuple", "list").replace("Tuple", "List")
+    return VicugnaError(f"{key}: {message}", path, "Correct the recipe")
