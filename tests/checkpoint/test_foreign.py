@@ -47,6 +47,7 @@ def folder(saved: Path, tmp_path: Path) -> Path:
     (["adapter_model.bin", "README.md"], "an adapter (LoRA)", "merge_and_unload()"),
     (["checkpoint-9/model.safetensors", "checkpoint-10/model.safetensors", "runs/x",
       "training_args.bin"], "a trainer's output", "Name one of them: {}/checkpoint-10"),
+    (["stage.json", "release/config.json"], "a stage of a run", "or its release: {}/release"),
     (["run.json", "01-pretrain/stage.json"], "a run, not a model", "{}/NN-NAME/checkpoint"),
     (["stage.json", "checkpoint/config.json"], "a stage of a run", "{}/checkpoint"),
     (["config.json", "pytorch_model_fsdp_0/__0_0.distcp"], "sharded training state", "accelerate"),
@@ -230,6 +231,15 @@ def written(path: Path, architecture: str, **keys: object) -> None:
     writer.close()
 
 
+def test_a_gguf_file_without_its_ending(tmp_path: Path) -> None:
+    """In a folder too, as in that of Ollama's blobs."""
+    for number, name in enumerate(("sha256-" + "ab" * 32, "model"), start=1):
+        written(tmp_path / name, "whisper")
+        assert "architecture whisper is not read" in error(tmp_path / name)
+        says = "architecture whisper is not read" if number == 1 else "2 GGUF files: model, sha256-"
+        assert says in error(tmp_path)
+
+
 def test_gguf_files_that_are_no_models(tmp_path: Path) -> None:
     for name, architecture, keys, says in (
             ("mmproj-f16.gguf", "clip", {"general__type": "mmproj"}, "the vision encoder"),
@@ -284,6 +294,20 @@ def test_one_name_without_the_prefix_is_not_stripped(folder: Path) -> None:
     safetensors.torch.save_file({names[n]: t for n, t in tensors.items()},
                                 folder / "model.safetensors")
     with pytest.raises(VicugnaError, match="unexpected module"):
+        checkpoint.read(folder)
+
+
+@pytest.mark.parametrize(("before", "after", "fix"), [
+    ("", "network.", "take 'network.' off"), ("", "policy.model.", "take 'policy.model.' off"),
+    ("model.", "", "put 'model.' before")])
+def test_any_other_prefix_is_named(folder: Path, before: str, after: str, fix: str) -> None:
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    tensors.pop("lm_head.weight", None)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    safetensors.torch.save_file({after + n.removeprefix(before): t for n, t in tensors.items()},
+                                folder / "model.safetensors")
+    with pytest.raises(VicugnaError, match=rf"Rename them: {fix} each of these names"):
         checkpoint.read(folder)
 
 

@@ -94,7 +94,9 @@ def test_origins_are_normalised_and_checked() -> None:
     assert normalise("https://b\u00fccher.example") == "https://xn--bcher-kva.example"
     assert public_origins(["http://[::1]:80", PUBLIC]) == {"http://[::1]", PUBLIC}
     for wrong in ("chat.example.org", "https://", "ftp://a.example", "https://a.example/chat",
-                  "https://u@a.example", "*", "null", "", "https://a b", "https://a.example?x"):
+                  "https://u@a.example", "*", "null", "", "https://a b", "https://a.example?x",
+                  "https://*.a.example", "https://a,b", "https://a;b", "https://.", "https://a..b",
+                  "https://%61.example", "https://a:123456"):
         with pytest.raises(VicugnaError, match="not an origin"):
             public_origins([wrong])
 

@@ -204,9 +204,16 @@ def _compare(wanted: Mapping[str, tuple[int, ...]], stored: Mapping[str, Stored]
     shapes = [f"{name} is {list(stored[name].shape)} instead of {list(wanted[name])}"
               for name in sorted(wanted.keys() & stored.keys())
               if stored[name].shape != wanted[name]]
+    missing = sorted(wanted.keys() - stored.keys())
+    unexpected = sorted(map(short, stored.keys() - wanted.keys()))
     faults = [f"{kind} {', '.join(names[:3])}" + f" and {len(names) - 3:,} more" * (len(names) > 3)
-              for kind, names in (("missing", sorted(wanted.keys() - stored.keys())),
-                                  ("unexpected", sorted(map(short, stored.keys() - wanted.keys()))),
+              for kind, names in (("missing", missing), ("unexpected", unexpected),
                                   ("wrong shape:", shapes)) if names]
+    for more, fewer, fix in ((unexpected, missing, "take {!r} off"),
+                             (missing, unexpected, "put {!r} before")):
+        prefix = more[0].removesuffix(fewer[0]) if more and fewer else ""
+        if prefix and more == [prefix + name for name in fewer]:
+            raise VicugnaError(f"the tensors do not fit the config: {'; '.join(faults)}",
+                               str(where), f"Rename them: {fix.format(prefix)} each of these names")
     if faults:
         raise broken(f"the tensors do not fit the config: {'; '.join(faults)}", where)

@@ -14,7 +14,7 @@ LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 PUBLIC = frozenset({"/", "/health"})  # need no API key
 HEADERS = {"X-Content-Type-Options": "nosniff", "Cross-Origin-Resource-Policy": "same-origin",
            "Cache-Control": "no-store"}
-_ORIGIN = re.compile(r"(https?)://(\[[0-9a-f:.]+\]|[^\s/@?#\\:\[\]]+?)\.?(?::(\d*))?")
+_ORIGIN = re.compile(r"(https?)://(\[[0-9a-f:.]+\]|[\w-]+(?:\.[\w-]+)*)\.?(?::(\d{0,5}))?")
 
 
 def normalise(origin: str) -> str | None:

@@ -39,7 +39,8 @@ def recognises(path: Path) -> bool:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() == ".gguf")
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() == ".gguf"
+                  or (path.is_file() and start(path) == MAGIC))
 
 
 def _chosen(folder: Path) -> Path:
