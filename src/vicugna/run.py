@@ -115,7 +115,7 @@ def run_recipe(recipe: Recipe, folder: Path, ranks: Ranks, only: str | None = No
                log: Log = lambda line: None) -> Run:
     """Run the recipe in `folder`, from where it was stopped; with `only`, just the stage of that
     name. Raises VicugnaError when another process uses the folder or it holds another format, and
-    what a stage raises. Interrupted or killed, the same call goes on."""
+    what a stage raises. Interrupted or killed, the same call resumes it."""
     _check(recipe)
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
