@@ -26,7 +26,7 @@ class Ranks:
         return self.rank == 0
 
     def wait(self) -> None:
-        """Go on when every rank is here."""
+        """Barrier: wait until every rank has called this."""
         if self.world > 1:
             dist.barrier()
 
@@ -56,7 +56,7 @@ def process_group() -> Iterator[Ranks]:
         return
     if cuda:
         torch.cuda.set_device(device)
-    # The others wait while the first rank saves or releases; torchrun ends them when one dies.
+    # The others wait while the first rank saves or releases; torchrun ends them when one fails.
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), device)

@@ -111,7 +111,7 @@ def _settle(old: Path, path: Path) -> None:
 
 
 def _hold(handle: int) -> None:
-    """Show that somebody is at work on this file or folder, for as long as the process lives."""
+    """Lock this file or folder until the process ends, to show that it is being written."""
     with suppress(OSError):  # not every file system has locks: then nothing there is swept
         fcntl.flock(handle, fcntl.LOCK_EX)
 
@@ -132,7 +132,7 @@ def _held(path: Path) -> bool:
 
 def sweep_temporaries(folder: str | Path, name: str | None = None) -> None:
     """Tidy what killed processes left in `folder` of writing (to `name` in it, if given): drop
-    `.NAME.*.tmp`, and bring `.NAME.*.old` back. What a living one is writing stays."""
+    `.NAME.*.tmp`, and bring `.NAME.*.old` back. What a running process is writing stays."""
     ours = re.compile(rf"\.({'.+' if name is None else re.escape(name)})\.\w{{8}}\.(old|tmp)")
     found = [match for path in Path(folder).glob(".*") if (match := ours.fullmatch(path.name))]
     for match in sorted(found, key=lambda match: match[2]):  # the old ones first
@@ -204,7 +204,7 @@ def digest_file(path: str | Path) -> str:
 
 @contextmanager
 def owned(folder: str | Path) -> Iterator[None]:
-    """Hold `folder` for this process alone, by a lock the system drops if the process dies.
+    """Hold `folder` for this process alone, by a lock that the system releases when it ends.
     VicugnaError when another process holds it."""
     folder = Path(folder)
     with disk_errors(folder):

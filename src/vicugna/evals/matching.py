@@ -131,7 +131,7 @@ def _found(answer: str, text: str) -> bool:
 
 
 def _continues(edge: str, outside: str) -> bool:
-    """Whether the word or number that ends with `edge` goes on in the characters beside it."""
+    """Whether the word or number that ends with `edge` continues in the characters beside it."""
     beside, beyond = outside[:1], outside[1:2]
     return beside == "\u200d" or (_in_word(edge) and _in_word(beside)) or (
         edge.isdigit() and beyond.isdigit() and beside in ".,:/^-")

@@ -25,7 +25,7 @@ class Strict(BaseModel, extra="forbid", frozen=True):
 
 
 class ModelSpec(Strict):
-    """The network. `depth` is the one dial: what is left out follows from it."""
+    """The network. What is left out follows from `depth`."""
     architecture: Literal["vicugna", "llama"] = "vicugna"
     depth: int = Field(4, ge=1)
     width: int | None = Field(None, ge=2)  # 64 * depth
