@@ -230,7 +230,7 @@ def test_no_weights(folder):
     ("sub/../../x.safetensors", "leads out of the folder"),
     ("/etc/x.safetensors", "leads out of the folder"),
     ("link.safetensors", "leads out of the folder"),
-    ("circle.safetensors", "cannot be followed"),
+    ("circle.safetensors", "not a regular one"),
     ("nul\0.safetensors", "weight_map does not give"),
     ("line\n.safetensors", "weight_map does not give"),
     ("long" * 100 + ".safetensors", "weight_map does not give"),
