@@ -34,7 +34,7 @@ def worker(folder: Path, width: int, layers: int) -> None:
     from vicugna import checkpoint, models
     from vicugna.checkpoint import Checkpoint
     from vicugna.distributed import process_group
-    from vicugna.memory import return_memory
+    from vicugna.memory import trim_heap
     from vicugna.training import parallel
     from vicugna.training.batch import TrainingBatch
     from vicugna.training.objectives import next_token
@@ -70,7 +70,7 @@ def worker(folder: Path, width: int, layers: int) -> None:
         tiny = network(64, 1)  # what is imported or allocated once is there before it is measured
         train(tiny, next_token, batch, spec, folder / "tiny", "t", ranks,
               values=models.initial_values(tiny, 0))
-        return_memory()
+        trim_heap()
         done("ready")
         first = network(width, layers)
         train(first, next_token, partial(batch, phase=PHASES[0]), spec, folder / "first", "t",

@@ -19,14 +19,14 @@ def peak_memory() -> dict[str, int]:
     return peak
 
 
-def return_memory() -> None:
+def trim_heap() -> None:
     """Give memory that was freed back to the system, where the C library can (glibc). Tensors of
     ever-changing sizes otherwise leave holes that grow to several times what is in use."""
     with suppress(AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def return_freed_memory() -> None:
+def lower_mmap_threshold() -> None:
     """Let every block of 128 KiB and more be given back as soon as it is freed, where the C library
     can (glibc), which otherwise keeps up to 32 MiB of each: what is gathered and dropped layer by
     layer would add up. Allocation takes longer."""

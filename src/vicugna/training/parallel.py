@@ -17,7 +17,7 @@ from vicugna.checkpoint.hf import weights
 from vicugna.distributed import Ranks
 from vicugna.errors import VicugnaError
 from vicugna.files import disk_errors
-from vicugna.memory import return_freed_memory
+from vicugna.memory import lower_mmap_threshold
 from vicugna.models.layers import flex
 from vicugna.models.layers.moe import Experts
 from vicugna.training.loss import Loss
@@ -41,7 +41,7 @@ def place(loss: Loss, spec: StageSpec, ranks: Ranks,
                            "optimiser.kind", "Use adamw with parallel: fsdp, or parallel: ddp")
     if sharded:
         if ranks.device.type == "cpu":
-            return_freed_memory()
+            lower_mmap_threshold()
         policy = MixedPrecisionPolicy(param_dtype=loss.dtype, reduce_dtype=torch.float32)
         for layer in network.model.layers:
             fully_shard(layer, mp_policy=policy)

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from vicugna import progress
 from vicugna.distributed import Ranks
 from vicugna.errors import VicugnaError
-from vicugna.memory import peak_memory, return_memory
+from vicugna.memory import peak_memory, trim_heap
 from vicugna.models.counts import VISION, count
 from vicugna.models.layers.moe import Balanced
 from vicugna.training import cost, optimisers, parallel, state
@@ -76,7 +76,7 @@ def train(network: Any, objective: Objective, batch_of: Batches, spec: StageSpec
                 metrics.write(row)
             report(step + 1, _summary(row))
             if step % 50 == 49:
-                return_memory()
+                trim_heap()
             if (step + 1) % spec.checkpoint_every == 0 and step + 1 < spec.steps:
                 state.save(folder, module, opts, done, ranks)
     if metrics:
