@@ -121,9 +121,12 @@ class Model(checkpoint.Checkpoint):
         return encode_with_images(tokenizer, prompt, vision.image_size, vision.features,
                                   self.config.image_token_index)
 
-    def read_chat(self, messages: list[dict[str, Any]]) -> tuple[list[int], Tensor | None]:
-        """As `read`; raises ContextExceeded, with both counts, where no room is left to answer."""
-        (tokens, images), context = self.read(messages), self.config.context_length
+    def read_chat(self, messages: list[dict[str, Any]], context: int | None = None
+                  ) -> tuple[list[int], Tensor | None]:
+        """As `read`; raises ContextExceeded, with both counts, where no room is left to answer in
+        `context` tokens (None: the model's own)."""
+        tokens, images = self.read(messages)
+        context = self.config.context_length if context is None else context
         if len(tokens) >= context:
             raise ContextExceeded(f"the conversation is {len(tokens)} tokens long, and the model's "
                                   f"context holds {context} tokens, answer included", "",

@@ -81,8 +81,8 @@ def round_activations(monkeypatch, dtype: str) -> None:
         return x.to(getattr(torch, dtype)).float()
 
     def absorbed(self, q_BTHC, q_BTHP, latent_BT1R, k_BT1P, attend):
-        def attend_latent(layer, q, k, v, span):
-            return attend(layer, q, k, F.pad(latent_BT1R, (0, self.P)), span)
+        def attend_latent(layer, q, k, v, span, scale=None):
+            return attend(layer, q, k, F.pad(latent_BT1R, (0, self.P)), span, scale)
         return self._absorbed(q_BTHC, q_BTHP, latent_BT1R, k_BT1P, attend_latent)
 
     monkeypatch.setattr(F, "linear", lambda x, weight, bias=None: linear(

@@ -1,6 +1,5 @@
 """Generation: the same tokens as without a cache, where it stops, and what it says."""
 
-import sys
 from dataclasses import replace
 from unittest import mock
 
@@ -11,35 +10,37 @@ from hypothesis import strategies as st
 from tiny_networks import (
     VOCABULARY,
     Scripted,
+    finish,
     plain_logits,
     random_network,
     random_prompts,
     small_tokenizer,
 )
 
-import vicugna.engine.generate  # noqa: F401
 from vicugna import engine
-from vicugna.engine import Sampling
+from vicugna.engine import Engine, Request, Sampling
 from vicugna.errors import VicugnaError
 from vicugna.models.layers.attention import Dense
 
-MODULE = sys.modules["vicugna.engine.generate"]  # the package's attribute is the function
 KINDS = ("llama", "vicugna")
 
 
 @settings(max_examples=25, deadline=None)
 @given(kind=st.sampled_from(KINDS), lengths=st.lists(st.integers(1, 60), min_size=1, max_size=5),
-       chunk=st.sampled_from([16, 17, 2048]))
-def test_greedy_equals_a_pass_without_cache(kind, lengths, chunk):
+       budget=st.sampled_from([16, 17, 2048]))
+def test_greedy_equals_a_pass_without_cache(kind, lengths, budget):
     network, prompts = random_network(kind), random_prompts(lengths)
-    with mock.patch.object(MODULE, "_CHUNK", chunk):
-        done = engine.generate(network, None, prompts, Sampling(max_new_tokens=12))
-    for prompt, completion in zip(prompts, done, strict=True):
-        expected = plain_logits(network, prompt + completion.tokens)[len(prompt) - 1 : -1]
-        assert completion.tokens == expected.argmax(-1).tolist()
+    made = Engine(network, tokens=500, slots=3, token_budget=budget)
+    ids = [made.add(Request(tuple(prompt), Sampling(max_new_tokens=12))) for prompt in prompts]
+    done = finish(made)
+    for prompt, id in zip(prompts, ids, strict=True):
+        tokens, logprobs, reason = done[id]
+        expected = plain_logits(network, prompt + tokens)[len(prompt) - 1 : -1]
+        assert tokens == expected.argmax(-1).tolist()
         best = expected.log_softmax(-1).max(-1).values
-        assert (best - torch.tensor(completion.logprobs)).abs().max() < 1e-4
-        assert (completion.finish_reason, completion.prompt_tokens) == ("length", len(prompt))
+        assert (best - torch.tensor(logprobs)).abs().max() < 1e-4
+        assert reason == "length"
+    assert made.blocks.used == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -62,7 +63,7 @@ def test_equal_prompts_are_read_once_and_sampled_apart():
     prompts = [[1, 2, 3]] * 4 + [[4, 5, 6]]
     scripted = Scripted([7, 8, 9], 3, VOCABULARY)
     engine.generate(scripted, None, prompts, Sampling(max_new_tokens=2))
-    assert scripted.batches == [(2, 3), (5, 1)]
+    assert scripted.batches[1:] == [6, 5]  # after the one token that tells what to keep
     network, sampling = random_network(), Sampling(temperature=3.0, seed=5, max_new_tokens=20)
     copies = engine.generate(network, None, prompts, sampling)
     assert len({tuple(completion.tokens) for completion in copies}) == 5
@@ -77,7 +78,7 @@ def test_finished_rows_leave_the_batch():
     samplings = [Sampling(max_new_tokens=n) for n in (1, 5, 2, 2)]
     done = engine.generate(scripted, None, [[n, 2, 3] for n in range(4)], samplings)
     assert [len(completion.tokens) for completion in done] == [1, 5, 2, 2]
-    assert scripted.batches == [(4, 3), (3, 1), (1, 1), (1, 1), (1, 1)]
+    assert scripted.batches[1:] == [12, 3, 1, 1, 1]
 
 
 def expected_text(text, stops):

@@ -1,18 +1,17 @@
 """Prompts with images, in batches and in chunks: each is continued as it is alone."""
 
-import sys
 from typing import Any
 
 import pytest
 import torch
+from tiny_networks import finish
 
 from vicugna import models
-from vicugna.engine import Completion, Sampling, generate, stream
+from vicugna.engine import Completion, Engine, Request, Sampling, generate, runner, stream
 from vicugna.errors import VicugnaError
 from vicugna.models.layers.attention import Dense
 
 IMAGE, FEATURES = 60, 4
-MODULE = sys.modules["vicugna.engine.generate"]  # the package has a function of this name
 GREEDY = Sampling(max_new_tokens=6)
 VISION = {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 1,
         "num_attention_heads": 2, "image_size": 16, "patch_size": 4, "projector_input_dim": 16,
@@ -69,14 +68,20 @@ def tokens_of(done: list[Completion]) -> list[list[int]]:
     return [one.tokens for one in done]
 
 
-@pytest.mark.parametrize("chunk", [16, 2048])
-def test_a_batch_continues_as_each_prompt_alone(network: Any, chunk: int,
+@pytest.mark.parametrize("budget", [16, 2048])
+def test_a_batch_continues_as_each_prompt_alone(network: Any, budget: int,
                                                   monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where the prompts are read in chunks, of which one ends within an image."""
-    monkeypatch.setattr(MODULE, "_CHUNK", chunk)
-    monkeypatch.setattr(MODULE, "_TILES", 2)
+    """Also where the prompts are read in chunks, of which one ends within an image, and again,
+    when what was read is known: by the pictures, not only by their tokens."""
+    monkeypatch.setattr(runner, "TILES", 2)
     due = [alone(network, *pair) for pair in zip(PROMPTS, IMAGES, strict=True)]
     assert due[0] != due[3]  # the image alone tells them apart
+    engine = Engine(network, tokens=500, slots=4, token_budget=budget)
+    for _ in range(2):
+        ids = [engine.add(Request(tuple(prompt), GREEDY, images))
+               for prompt, images in zip(PROMPTS, IMAGES, strict=True)]
+        done = finish(engine)
+        assert [done[id][0] for id in ids] == due
     assert tokens_of(generate(network, None, PROMPTS, GREEDY, images=IMAGES)) == due
     for prompt, images, expected in zip(PROMPTS, IMAGES, due, strict=True):
         steps = stream(network, None, prompt, GREEDY, images=images)
@@ -84,7 +89,6 @@ def test_a_batch_continues_as_each_prompt_alone(network: Any, chunk: int,
 
 
 def test_images_are_encoded_once(network: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(MODULE, "_CHUNK", 16)
     encoded: list[int] = []
     with monkeypatch.context() as patch:
         encode = network.encode_images

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from vicugna.engine import Sampling, sampling
-from vicugna.engine.sampling import Sampler, inverse_cdf, truncate
+from vicugna.engine.sampling import Sampler, inverse_cdf, random_stream, truncate
 from vicugna.errors import VicugnaError
 
 CPU = torch.device("cpu")
@@ -71,10 +71,15 @@ MIXED = [Sampling(temperature=1.0, seed=3), Sampling(), Sampling(temperature=0.7
          Sampling(temperature=1.0, min_p=0.1, seed=9)]
 
 
+def streams(samplings, copies=None):
+    return [random_stream(one.seed, copy) for one, copy in
+            zip(samplings, copies or [0] * len(samplings), strict=True)]
+
+
 def draws(logits, samplings, copies=None):
     """Tokens [row][step] for logits [step, row, V]."""
-    sampler = Sampler(samplings, copies or [0] * len(samplings), CPU)
-    return list(zip(*(sampler.choose(step)[0] for step in logits), strict=True))
+    sampler, own = Sampler(CPU), streams(samplings, copies)
+    return list(zip(*(sampler.choose(step, samplings, own)[0] for step in logits), strict=True))
 
 
 def test_a_row_does_not_depend_on_its_batch():
@@ -82,11 +87,11 @@ def test_a_row_does_not_depend_on_its_batch():
     together = draws(logits, MIXED)
     for b, own in enumerate(MIXED):
         assert draws(logits[:, b : b + 1], [own])[0] == together[b]
-    sampler = Sampler(MIXED, [0] * len(MIXED), CPU)
+    sampler, own = Sampler(CPU), streams(MIXED)
     for step in logits[:70]:
-        sampler.choose(step)
-    sampler.select([3, 0])
-    rest = [sampler.choose(step[[3, 0]])[0] for step in logits[70:]]
+        sampler.choose(step, MIXED, own)
+    rest = [sampler.choose(step[[3, 0]], [MIXED[3], MIXED[0]], [own[3], own[0]])[0]
+            for step in logits[70:]]
     assert [tuple(row) for row in zip(*rest, strict=True)] == [together[3][70:], together[0][70:]]
 
 
@@ -100,7 +105,7 @@ def test_seeds_and_copies_have_streams_of_their_own():
 def test_logprobs_are_of_the_unmodified_distribution():
     logits = 3 * torch.randn(1, 5, 30)
     expected = logits[0].log_softmax(-1)
-    tokens, logprobs, tops = Sampler(MIXED, [0] * 5, CPU).choose(logits[0])
+    tokens, logprobs, tops = Sampler(CPU).choose(logits[0], MIXED, streams(MIXED))
     assert logprobs == expected.gather(1, torch.tensor(tokens)[:, None])[:, 0].tolist()
     assert [len(top) for top in tops] == [0, 0, 0, 2, 0]
     values, best = expected[3].topk(2)
@@ -120,4 +125,4 @@ def test_broken_logits_are_reported(bad):
     logits[1, 4] = bad
     for own in (Sampling(), Sampling(temperature=1.0), Sampling(temperature=1.0, top_p=0.5)):
         with pytest.raises(VicugnaError, match="NaN or infinite"):
-            Sampler([own] * 2, [0, 0], CPU).choose(logits)
+            Sampler(CPU).choose(logits, [own] * 2, streams([own] * 2))

@@ -43,6 +43,17 @@ def plain_logits(network, tokens):
     return network.lm_head(network(torch.tensor([tokens]), positions, Dense()))[0]
 
 
+def finish(engine):
+    """Step until nothing runs: {id: (tokens, logprobs, finish reason)}."""
+    found = {}
+    while engine.busy:
+        for output in engine.step():
+            tokens, logprobs, _ = found.get(output.id, ([], [], None))
+            found[output.id] = (tokens + output.tokens, logprobs + output.logprobs,
+                                output.finish_reason)
+    return found
+
+
 class Scripted(nn.Module):
     """After a prompt of `start` tokens it generates `script`, then its last token for ever."""
 
@@ -52,10 +63,10 @@ class Scripted(nn.Module):
         self.lm_head = nn.Linear(vocab_size, vocab_size, bias=False)
         nn.init.eye_(self.lm_head.weight)
         self.script, self.start = torch.tensor(script), start
-        self.batches = []  # the shape of every call
+        self.batches = []  # the number of tokens of every call
 
     def forward(self, tokens_BT, positions_BT, attend):
-        self.batches.append(tuple(tokens_BT.shape))
+        self.batches.append(tokens_BT.shape[1])
         step = (positions_BT - self.start + 1).clamp(0, len(self.script) - 1)
         return 50 * nn.functional.one_hot(self.script[step], self.config.vocab_size).float()
 

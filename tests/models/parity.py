@@ -7,13 +7,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from paged import PagedRows
 from safetensors import safe_open
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 import vicugna
-from vicugna.engine.cache import Cache
 from vicugna.models.layers.attention import Dense
 
 TINY = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 3,
@@ -61,11 +61,22 @@ def logits_of(network, tokens_BT, positions_BT=None, attend=None) -> Tensor:
     return network.lm_head(network(tokens_BT, positions_BT, attend or Dense()))
 
 
-def in_parts(network, tokens_BT, positions_BT, parts, pads) -> Tensor:
-    """Our logits [B, T, V] from calls of `parts` tokens each over a cache."""
-    cache, calls = Cache(pads), zip(tokens_BT.split(parts, 1), positions_BT.split(parts, 1),
-                                    strict=True)
-    return torch.cat([logits_of(network, *call, cache) for call in calls], 1)
+def in_parts(network, tokens_BT, positions_BT, parts, pads, images=None) -> Tensor:
+    """Our logits [B, T, V] from calls of `parts` columns each over the engine's pages, zero at the
+    `pads` columns at the start of each row. `images(tokens)` are further arguments of a call."""
+    B, T = tokens_BT.shape
+    rows, out = PagedRows(network, B, T), tokens_BT.new_zeros(B, T, network.config.vocab_size,
+                                                              dtype=torch.float32)
+    end = 0
+    for part in parts:
+        begin, end = end, end + part
+        here = [slice(min(max(begin, pad), end), end) for pad in pads]
+        got = rows.logits([row[own] for row, own in zip(tokens_BT, here, strict=True)],
+                          [row[own] for row, own in zip(positions_BT, here, strict=True)],
+                          **(images(tokens_BT[:, begin:end]) if images else {}))
+        for row, own, logits in zip(out, here, got, strict=True):
+            row[own] = logits
+    return out
 
 
 def near(got, due, tolerance=LOGITS):

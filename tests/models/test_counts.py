@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from vicugna import models
 from vicugna.cli import planning
-from vicugna.engine.cache import Cache
+from vicugna.engine.pages import layer_shapes
 from vicugna.errors import VicugnaError
 from vicugna.models import counts
 from vicugna.models.layers.attention import Dense
@@ -250,18 +250,13 @@ def test_mean_keys(tokens: int, reach: int, chunked: bool) -> None:
      "v_head_dim": 4, "q_lora_rank": 8, "n_routed_experts": 4, "n_group": 2, "topk_group": 1,
      "num_experts_per_tok": 2, "moe_intermediate_size": 8, "first_k_dense_replace": 1}])
 def test_cache_elements_are_those_of_the_engine(config: Config) -> None:
-    """The engine's cache grows by what was counted, token for token."""
+    """The engine's blocks hold what was counted, token for token."""
     config = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3,
               "num_attention_heads": 4, "sliding_window": 512, **config}
     network, made = models.build(config).eval(), counts.count(config)
     models.initialise(network, 0)
-    cache = Cache([0])
-    tokens = torch.zeros(1, 7, dtype=torch.long)
-    with torch.no_grad():
-        network(tokens, torch.arange(7)[None], cache)
-    held = sum(part[:, :, : layer.filled].numel()
-               for layer in cache._layers.values() for part in layer.buffers)
-    assert held == made.cache_elements(7)
+    held = sum(layer.heads * (layer.key + layer.value) for layer in layer_shapes(network))
+    assert 7 * held == made.cache_elements(7)
 
 
 def test_flops_are_two_a_parameter_and_attention() -> None:

@@ -11,7 +11,7 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 import vicugna
 from vicugna import models
-from vicugna.engine.cache import Cache
+from vicugna.engine.pages import layer_shapes
 from vicugna.errors import VicugnaError
 from vicugna.models import deepseek_v3
 from vicugna.models.layers.attention import Dense
@@ -78,19 +78,16 @@ def test_any_split_over_a_cache_equals_one_call(tiny, parts, pads):
 def test_training_meets_the_keys_and_values_of_every_head(tiny):
     """The form of the sum that takes fewer operations when nothing is remembered."""
     class Spy(Dense):
-        def __call__(self, layer, q, k, v, span):
+        def __call__(self, layer, q, k, v, span, scale):
             assert q.shape == k.shape == (1, 9, 4, 12 + 8) and v.shape == (1, 9, 4, 10)
-            return super().__call__(layer, q, k, v, span)
+            return super().__call__(layer, q, k, v, span, scale)
 
     parity.logits_of(tiny[1], parity.random_tokens(1, 9), attend=Spy())
 
 
 def test_the_cache_holds_one_latent_and_one_key_a_token(tiny):
-    ours, cache = tiny[1], Cache([0])
-    parity.logits_of(ours, parity.random_tokens(1, 9), attend=cache)
-    for layer in cache._layers.values():
-        (latents,) = layer.buffers  # no values beside the keys
-        assert (latents.shape[1], latents.shape[3], layer.filled) == (1, 18 + 8, 9)
+    for layer in layer_shapes(tiny[1]):
+        assert (layer.heads, layer.key, layer.value) == (1, 0, 18 + 8)  # no keys beside the values
 
 
 def test_packed_documents_equal_documents_alone(tiny):

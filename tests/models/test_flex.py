@@ -112,9 +112,9 @@ def test_networks_name_the_spans_of_their_layers(kind):
     asked = []
 
     class Spy(Dense):
-        def __call__(self, layer, q, k, v, span):
+        def __call__(self, layer, q, k, v, span, scale=None):
             asked.append(span)
-            return super().__call__(layer, q, k, v, span)
+            return super().__call__(layer, q, k, v, span, scale)
 
     network(torch.zeros(1, 3, dtype=torch.long), torch.arange(3)[None], Spy())
     assert len(asked) == 4 and set(asked) == network.model.spans

@@ -16,6 +16,7 @@ from parity import (
     agree_round_trip,
     agree_uncached,
     converted,
+    in_parts,
     logits_of,
     near,
     pair,
@@ -25,7 +26,6 @@ from parity import (
 from transformers import AutoModelForImageTextToText, DynamicCache, Llama4Config, Llama4TextConfig
 
 from vicugna import models
-from vicugna.engine.cache import Cache
 from vicugna.errors import VicugnaError
 from vicugna.model import Model
 from vicugna.models.layers.attention import Dense
@@ -99,26 +99,16 @@ def agree_padded_by_column(theirs, ours, tokens, pads, parts, images=None):
     pixels = {} if images is None else {"pixel_values": images}
     with torch.no_grad():
         due = theirs(tokens, attention_mask=mask.long(), **pixels).logits
-    columns, cache = torch.arange(tokens.shape[1]).expand(tokens.shape), Cache(pads)
-    got, used = [], 0
-    for part, positions in zip(tokens.split(parts, 1), columns.split(parts, 1), strict=True):
-        network = ours
-        if images is not None:
-            count = int((part == IMAGE).sum()) // FEATURES
-            network = WithImages(ours, images[used : used + count])
-            used += count
-        got.append(logits_of(network, part, positions, cache))
-    near(torch.cat(got, 1)[mask], due[mask])
+    columns, left = torch.arange(tokens.shape[1]).expand(tokens.shape), images
 
+    def next_images(part):
+        nonlocal left
+        count = int((part == IMAGE).sum()) // FEATURES
+        now, left = left[:count], left[count:]
+        return {"images": now}
 
-class WithImages:
-    """A network that is given these images whenever it is called."""
-
-    def __init__(self, network, images):
-        self.network, self.images, self.lm_head = network, images, network.lm_head
-
-    def __call__(self, tokens, positions, attend):
-        return self.network(tokens, positions, attend, images=self.images)
+    got = in_parts(ours, tokens, columns, parts, pads, None if images is None else next_images)
+    near(got[mask], due[mask])
 
 
 def test_padding_does_not_change_a_row():
@@ -127,7 +117,7 @@ def test_padding_does_not_change_a_row():
     theirs, ours = both()
     tokens, pads = random_tokens(2, 40), [0, 13]
     positions = (torch.arange(40) - torch.tensor(pads)[:, None]).clamp(min=0)
-    padded = logits_of(ours, tokens, positions, Cache(pads))
+    padded = in_parts(ours, tokens, positions, [40], pads)
     with torch.no_grad():
         near(padded[1:, 13:], theirs(tokens[1:, 13:]).logits)
     agree_padded(*pair(text(attn_temperature_tuning=False)), tokens, pads, [33, 1, 1, 5])
@@ -181,7 +171,7 @@ def test_temperature_grows_beyond_32k(past):
         due = theirs(tokens, past_key_values=cache).logits
     positions = torch.arange(past, past + 5)[None]
 
-    def attend(layer, q, k, v, span):
+    def attend(layer, q, k, v, span, scale=None):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         visible = torch.ones(5, past + 5, dtype=torch.bool).tril(past)
         return F.scaled_dot_product_attention(
@@ -213,9 +203,7 @@ def test_cached_equals_uncached(data):
     parts = [b - a for a, b in zip([0, *cuts], [*cuts, T], strict=True)]
     tokens, pads = random_tokens(len(lengths), T), [T - n for n in lengths]
     positions = (torch.arange(T) - torch.tensor(pads)[:, None]).clamp(min=0)
-    cache = Cache(pads)
-    calls = zip(tokens.split(parts, 1), positions.split(parts, 1), strict=True)
-    got = torch.cat([logits_of(ours, *call, cache) for call in calls], 1)
+    got = in_parts(ours, tokens, positions, parts, pads)
     for row, pad in enumerate(pads):
         near(got[row : row + 1, pad:], logits_of(ours, tokens[row : row + 1, pad:]), 2e-5)
 

@@ -101,7 +101,8 @@ def serving(model: Model, prefix: str = "", **options: Any) -> Iterator[SimpleNa
     thread.start()
     wait_until(lambda: server.started)
     try:
-        yield SimpleNamespace(url=f"http://127.0.0.1:{port}{prefix}", port=port, model=model)
+        yield SimpleNamespace(url=f"http://127.0.0.1:{port}{prefix}", port=port, model=model,
+                              engine=app.state.worker.engine)
     finally:
         server.should_exit = True
         thread.join(timeout=30)

@@ -1,99 +1,114 @@
 from __future__ import annotations
 
 import asyncio
-import threading
-import time
-from collections.abc import AsyncIterator, Generator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
+from live_server import random_model
 
+from vicugna.engine import Delta, Engine, Request, Sampling, generate
 from vicugna.errors import VicugnaError
+from vicugna.model import Model
 from vicugna.server import worker
 from vicugna.server.listen import bind, check_exposure
 from vicugna.server.protocol import ApiError
 from vicugna.server.worker import Worker
 
+ENDLESS = Request((1, 2, 3), Sampling(10**6))
 
-def run_worker(work: Any) -> Any:
+
+@pytest.fixture
+def tiny() -> Model:
+    return random_model(context=100_000)
+
+
+def run_worker(model: Model, work: Any, slots: int = 4) -> Any:
     async def main() -> Any:
-        running = Worker()
+        assert model.tokenizer
+        running = Worker(Engine(model.network, tokens=100_000, slots=slots), model.tokenizer)
         try:
             return await work(running)
         finally:
             running.stop()
+            await asyncio.to_thread(running.join)
     return asyncio.run(main())
 
 
-async def collect(events: AsyncIterator[Any]) -> list[Any]:
-    return [event async for event in events]
+async def collect(deltas: AsyncIterator[Delta]) -> list[int]:
+    return [token async for delta in deltas for token in delta.tokens]
 
 
-def test_worker_shares_its_time() -> None:
-    async def work(running: Worker) -> list[str]:
-        order: list[str] = []
-
-        def start(name: str, n: int) -> Any:
-            def steps(cancelled: Any) -> Generator[int, None, None]:
-                for i in range(n):
-                    order.append(name)
-                    yield i
-            return steps
-
-        long, short = await asyncio.gather(collect(running.run(start("long", 50))),
-                                           collect(running.run(start("short", 3))))
-        assert long == list(range(50)) and short == [0, 1, 2]
-        return order
-
-    assert run_worker(work)[:6] == ["long", "short"] * 3
+async def begun(running: Worker, request: Request) -> tuple[AsyncIterator[Delta], Delta]:
+    """A request that runs, and its first delta."""
+    deltas = running.run(request)
+    return deltas, await anext(deltas)
 
 
-def test_worker_survives_errors_and_reports_them() -> None:
+async def until(true: Callable[[], bool]) -> None:
+    while not true():
+        await asyncio.sleep(0.005)
+
+
+def test_requests_run_at_once_and_say_what_they_say_alone(tiny: Model) -> None:
+    requests = [Request((n, 2, 3), Sampling(n, 0.9, seed=n)) for n in range(1, 9)]
+    alone = generate(tiny.network, None, [list(one.prompt) for one in requests],
+                     [one.sampling for one in requests])
+
+    async def work(running: Worker) -> Any:
+        long, _ = await begun(running, ENDLESS)
+        done = await asyncio.gather(*(collect(running.run(one)) for one in requests))
+        assert len(running.engine.scheduler.running) == 1  # the long one
+        await long.aclose()  # type: ignore[attr-defined]
+        return done
+
+    assert run_worker(tiny, work) == [one.tokens for one in alone]
+
+
+def test_errors_end_those_who_run_and_the_worker_goes_on(
+        tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     async def work(running: Worker) -> None:
-        def broken(cancelled: Any) -> Generator[int, None, None]:
-            yield 1
-            raise VicugnaError("no")
+        with pytest.raises(VicugnaError, match="the prompt is empty"):
+            await collect(running.run(Request(())))
+        deltas, _ = await begun(running, ENDLESS)
+        step = running.engine.step
 
-        with pytest.raises(VicugnaError, match="no"):
-            await collect(running.run(broken))
-        assert await collect(running.run(lambda cancelled: (i for i in range(2)))) == [0, 1]
+        def broken() -> Any:
+            monkeypatch.setattr(running.engine, "step", step)
+            raise RuntimeError("no")
 
-    run_worker(work)
+        monkeypatch.setattr(running.engine, "step", broken)
+        with pytest.raises(RuntimeError, match="no"):
+            await collect(deltas)
+        assert len(await collect(running.run(Request((1,), Sampling(3))))) == 3
+
+    run_worker(tiny, work)
 
 
-def endless(cancelled: Any) -> Generator[int, None, None]:
-    while True:
-        yield 1
-
-
-def test_worker_refuses_when_full_and_forgets_those_who_leave(
-        monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "WAITING", 1)
+def test_full_is_refused_and_leaving_makes_room(
+        tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "REQUESTS", 3)
 
     async def work(running: Worker) -> None:
-        tasks = []
-        for _ in range(worker.RUNNING + 1):
-            running.check()
-            tasks.append(asyncio.create_task(collect(running.run(endless))))
-            await asyncio.sleep(0)
+        first, _ = await begun(running, ENDLESS)
+        others = [asyncio.create_task(collect(running.run(ENDLESS))) for _ in range(2)]
+        await until(lambda: len(running._jobs) == 3)
         with pytest.raises(ApiError, match="queue is full"):
             running.check()
-        tasks[0].cancel()
-        tasks[-1].cancel()
-        await asyncio.wait((tasks[0], tasks[-1]))
-        await asyncio.sleep(0.01)
+        await first.aclose()  # type: ignore[attr-defined]
+        others[0].cancel()  # runs, or waits for the only slot
         running.check()
-        running.stop()
-        await asyncio.wait(tasks)
+        await until(lambda: len(running.engine.scheduler.running) == 1)
+        others[1].cancel()
+        await until(lambda: running.engine.blocks.used == 0 and not running.engine.busy)
 
-    run_worker(work)
+    run_worker(tiny, work, slots=1)
 
 
-def test_stopping_ends_what_runs_and_what_waits() -> None:
+def test_stopping_ends_what_runs_and_what_waits(tiny: Model) -> None:
     async def work(running: Worker) -> None:
-        tasks = [asyncio.create_task(collect(running.run(endless)))
-                 for _ in range(worker.RUNNING + 3)]
-        await asyncio.sleep(0.05)
+        tasks = [asyncio.create_task(collect(running.run(ENDLESS))) for _ in range(4)]
+        await until(lambda: bool(running.engine.scheduler.running))
         running.stop()
         for task in tasks:
             with pytest.raises(ApiError, match="stopping"):
@@ -101,25 +116,7 @@ def test_stopping_ends_what_runs_and_what_waits() -> None:
         with pytest.raises(ApiError, match="stopping"):
             running.check()
 
-    run_worker(work)
-
-
-def test_leaving_is_seen_by_the_step_under_way() -> None:
-    seen = threading.Event()
-
-    async def work(running: Worker) -> None:
-        def prefill(cancelled: Any) -> Generator[int, None, None]:
-            while not cancelled():
-                time.sleep(0.001)
-            seen.set()
-            yield 1
-
-        task = asyncio.create_task(collect(running.run(prefill)))
-        await asyncio.sleep(0.02)
-        task.cancel()
-        assert await asyncio.to_thread(seen.wait, 30)
-
-    run_worker(work)
+    run_worker(tiny, work, slots=2)
 
 
 def test_port_in_use_and_bad_addresses() -> None:

@@ -12,7 +12,7 @@ from vicugna.cli import output
 from vicugna.errors import VicugnaError
 
 if TYPE_CHECKING:
-    from vicugna.engine import Sampling
+    from vicugna.engine import Engine, Sampling
     from vicugna.model import Model
 
 HELP = """\
@@ -28,9 +28,11 @@ _visible = partial(re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]").sub, "\N{REPLACE
 
 @dataclass
 class Chat:
-    """A conversation with a loaded model: `turns` alternate user and assistant."""
+    """A conversation with a loaded model: `turns` alternate user and assistant. The engine keeps
+    what it has read of it."""
 
     model: "Model"
+    engine: "Engine"
     sampling: "Sampling"
     system: str = ""
     turns: list[dict[str, str]] = field(default_factory=list)
@@ -45,17 +47,20 @@ def chat(
     top_p: Annotated[float, typer.Option(help="Nucleus sampling: probability mass.")] = 1.0,
     top_k: Annotated[int, typer.Option(min=0, help="Sample from this many tokens; 0: off.")] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampler.")] = 0,
+    memory: output.Memory = None,
     dtype: output.Dtype = "float32",
     device: output.Device = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per reply.")] = False,
 ) -> None:
     """Talk to MODEL. In a pipe, each line of standard input is one message."""
-    from vicugna.engine import Sampling
+    from vicugna.engine import Engine, Sampling
     from vicugna.model import load  # PyTorch takes seconds to import: not for --help
 
     once, system = once and output.as_text(once, "--once"), output.as_text(system, "--system")
     sampling = Sampling(max_new_tokens or sys.maxsize, temperature, top_k, top_p, seed=seed)
-    conversation = Chat(load(model, dtype, device), sampling, system)
+    loaded = load(model, dtype, device)
+    engine = Engine(loaded.network, memory=output.as_bytes(memory), slots=1)
+    conversation = Chat(loaded, engine, sampling, system)
     if once is None and sys.stdin.isatty() and not as_json:
         return _interactive(conversation)
     try:
@@ -75,7 +80,7 @@ def _undecodable(error: UnicodeError) -> VicugnaError:
 def _interactive(conversation: Chat) -> None:
     """The interactive loop; an error is printed and the conversation continues."""
     import readline  # noqa: F401 - gives input() editing and history
-    print("Type /help for the commands.", file=sys.stderr)
+    print(f"{conversation.engine.budget}.\nType /help for the commands.", file=sys.stderr)
     leaving = False  # after Ctrl-C at the prompt
     while True:
         text = None
@@ -113,17 +118,18 @@ def _handle(conversation: Chat, text: str, as_json: bool = False) -> None:
 
 def _reply(chat: Chat, text: str, as_json: bool) -> None:
     """Print one reply: streamed (reasoning on a terminal only), or whole as JSON."""
-    from vicugna import engine
-    from vicugna.chat import ReplyParser  # which import PyTorch
+    from vicugna.chat import ReplyParser
+    from vicugna.engine import stream  # which import PyTorch
 
     system = [{"role": "system", "content": chat.system}] if chat.system else []
     user = {"role": "user", "content": text}
-    prompt, _ = chat.model.read_chat([*system, *chat.turns, user])
+    messages, engine = [*system, *chat.turns, user], chat.engine
+    prompt, _ = chat.model.read_chat(messages, engine.budget.longest)
     tokenizer = chat.model.text_tokenizer()
     parser = ReplyParser(tokenizer, prompt)
     terminal, begun, tokens = sys.stdout.isatty() and not as_json, False, 0
     try:
-        for delta in engine.stream(chat.model.network, tokenizer, prompt, chat.sampling):
+        for delta in stream(chat.model.network, tokenizer, prompt, chat.sampling, engine=engine):
             new = parser.push(delta.tokens, delta.text, delta.finish_reason is not None)
             if terminal:
                 gap = "\n\n" if new.content and parser.reasoning and not begun else ""

@@ -21,6 +21,8 @@ ModelArgument = Annotated[str, typer.Argument(
     help="A folder (Hugging Face, Meta), a GGUF file, a Hub id, or smollm2 (make smollm2).")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto (as stored).")]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, ...")]
+Memory = Annotated[float | None, typer.Option(
+    min=0, help="GiB of KV cache at most; default: half of what is free.")]
 
 
 def prepare_streams() -> None:
@@ -43,6 +45,11 @@ def as_text(name: str, where: str) -> str:
         raise VicugnaError(f"not text in {sys.getfilesystemencoding()}", where,
                            "Write it in the encoding of your locale (see `locale`)") from error
     return name
+
+
+def as_bytes(memory: float | None) -> int | None:
+    """The value of a `Memory` option in bytes."""
+    return None if memory is None else round(memory * 2**30)
 
 
 def say(line: str) -> None:

@@ -1,12 +1,15 @@
 """`vicugna serve`: an OpenAI-compatible server with a chat page."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vicugna.cli import output
 from vicugna.files import printable
+
+if TYPE_CHECKING:  # it imports PyTorch, which takes seconds: not for --help
+    from vicugna.engine.budget import Budget
 
 
 def serve(
@@ -19,6 +22,7 @@ def serve(
     origin: Annotated[list[str] | None, typer.Option(
         help="Public origin of a proxy in front, such as https://chat.example.org. Repeatable."
     )] = None,
+    memory: output.Memory = None,
     dtype: output.Dtype = "float32",
     device: output.Device = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object when ready.")] = False,
@@ -36,9 +40,11 @@ def serve(
         loaded = load(model, dtype, device)
         shown = printable(name or Path(model).resolve().name)
 
-        def ready(url: str) -> None:
+        def ready(url: str, budget: "Budget") -> None:
             if as_json:
-                output.as_json({"url": url, "model": shown, "digest": loaded.digest})
+                output.as_json({"url": url, "model": shown, "digest": loaded.digest,
+                                "cache_tokens": budget.tokens, "cache_bytes": budget.bytes})
+            output.say(f"{budget}.")
             output.say(f"Serving {shown}: chat at {url}, OpenAI API at {url}/v1. Ctrl-C stops.")
 
-        run(loaded, shown, bound, host, api_key, origins, ready)
+        run(loaded, shown, bound, host, api_key, origins, output.as_bytes(memory), ready)

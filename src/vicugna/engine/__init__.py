@@ -1,7 +1,10 @@
-"""Inference: generation over a key/value cache, with the very networks that training uses."""
+"""Inference: requests in, tokens out, with the very networks that training uses."""
 
-from vicugna.engine.cache import Cache
-from vicugna.engine.generate import Completion, Delta, generate, stream
+from vicugna.engine.engine import Engine
+from vicugna.engine.generate import Completion, generate, stream
 from vicugna.engine.sampling import Sampling
+from vicugna.engine.sequence import Output, Request
+from vicugna.engine.text import Delta, TextStream
 
-__all__ = ["Cache", "Completion", "Delta", "Sampling", "generate", "stream"]
+__all__ = ["Completion", "Delta", "Engine", "Output", "Request", "Sampling", "TextStream",
+           "generate", "stream"]

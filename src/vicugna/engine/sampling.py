@@ -52,64 +52,69 @@ class Sampling:
                                    f"It must be {rule}")
 
 
+def random_stream(seed: int, copy: int) -> np.random.Generator:
+    """The random numbers of copy number `copy` of a request with this seed."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=(copy,))))
+
+
 class Sampler:
-    """Chooses tokens for the rows of a batch; row b follows `samplings[b]`, and draws one uniform
-    number a step from a stream of its seed and `copies[b]` alone, whatever else is in the batch."""
+    """Chooses tokens for the rows of a batch, each by its own settings and stream alone, whatever
+    else is in the batch."""
 
-    def __init__(self, samplings: list[Sampling], copies: list[int], device: torch.device) -> None:
-        self._device, self._samplings = device, samplings
-        self._streams = [
-            np.random.Generator(np.random.Philox(np.random.SeedSequence(s.seed, spawn_key=(c,))))
-            for s, c in zip(samplings, copies, strict=True)]
-        self._arrange()
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._samplings = device, list[Sampling]()
 
-    def select(self, rows: list[int]) -> None:
-        """Continue with these rows of the batch only."""
-        self._samplings = [self._samplings[row] for row in rows]
-        self._streams = [self._streams[row] for row in rows]
-        self._arrange()
-
-    def _arrange(self) -> None:
+    def _arrange(self, samplings: list[Sampling]) -> None:
         """Group the rows by the work they need."""
+        self._samplings = samplings
         groups = defaultdict(list)
-        for b, s in enumerate(self._samplings):
+        for b, s in enumerate(samplings):
             if s.temperature > 0:  # others are greedy
                 groups[s.top_k > 0 or s.top_p < 1 or s.min_p > 0].append(b)
-        self._groups = [(filtered, torch.tensor(rows, device=self._device)
-                         if len(rows) < len(self._samplings) else slice(None))  # no copy
+        self._groups = [(filtered, rows, torch.tensor(rows, device=self._device)
+                         if len(rows) < len(samplings) else slice(None))  # no copy
                         for filtered, rows in groups.items()]
         # A temperature below float32's range would divide 0 by 0.
         self._settings_B4 = torch.tensor(
             [(max(s.temperature, 1e-30), min(s.top_k, 2**31), s.top_p, s.min_p)
-             for s in self._samplings], dtype=torch.float64, device=self._device)
-        self._top = max(s.top_logprobs for s in self._samplings)
+             for s in samplings], dtype=torch.float64, device=self._device)
+        self._top = max(s.top_logprobs for s in samplings)
 
-    def choose(self, logits_BV: Tensor) -> tuple[list[int], list[float], list[TopLogprobs]]:
+    def choose(self, logits_BV: Tensor, samplings: list[Sampling],
+               streams: list[np.random.Generator]
+               ) -> tuple[list[int], list[float], list[TopLogprobs]]:
         """The next token of every row, its log-probability, and the most likely ones with theirs;
-        log-probabilities are the network's own, float32. VicugnaError for NaN or infinity."""
+        log-probabilities are the network's own, float32. A row that is not greedy draws one number
+        from its stream. VicugnaError for NaN or infinity."""
+        if samplings != self._samplings:
+            self._arrange(samplings)
         logits_BV = logits_BV.float()
         best = logits_BV.max(dim=-1, keepdim=True)
         if not bool(best.values.isfinite().all()):
             raise VicugnaError("the logits are NaN or infinite", "generation",
                                "The weights are damaged, or training diverged")
-        uniform_B1 = torch.tensor([[stream.random()] for stream in self._streams],
-                                  dtype=torch.float64, device=self._device)
         tokens_B1 = best.indices.clone()
-        for filtered, rows in self._groups:
+        for filtered, numbers, rows in self._groups:
+            uniform_R1 = torch.tensor([[streams[b].random()] for b in numbers],
+                                      dtype=torch.float64, device=self._device)
             temperature_R1, k_R1, p_R1, min_R1 = self._settings_B4[rows].split(1, dim=1)
             # Subtracting the largest keeps small temperatures from overflowing.
             score_RV = (logits_BV[rows] - best.values[rows]).div_(temperature_R1.float())
             probs_RV = torch.softmax(score_RV, dim=-1)
             if filtered:
                 nucleus_RN, order_RN = truncate(probs_RV, k_R1, p_R1, min_R1)
-                tokens_B1[rows] = order_RN.gather(1, inverse_cdf(nucleus_RN, uniform_B1[rows]))
+                tokens_B1[rows] = order_RN.gather(1, inverse_cdf(nucleus_RN, uniform_R1))
             else:
-                tokens_B1[rows] = inverse_cdf(probs_RV, uniform_B1[rows])
+                tokens_B1[rows] = inverse_cdf(probs_RV, uniform_R1)
         logprobs_BV = torch.log_softmax(logits_BV, dim=-1)
+        tokens = tokens_B1[:, 0].tolist()
+        logprobs = logprobs_BV.gather(1, tokens_B1)[:, 0].tolist()
+        if not self._top:
+            return tokens, logprobs, [[] for _ in samplings]
         values, top = logprobs_BV.topk(min(self._top, logprobs_BV.shape[1]), dim=-1)
         tops = [list(zip(t[: s.top_logprobs], v[: s.top_logprobs], strict=True))
-                for t, v, s in zip(top.tolist(), values.tolist(), self._samplings, strict=True)]
-        return tokens_B1[:, 0].tolist(), logprobs_BV.gather(1, tokens_B1)[:, 0].tolist(), tops
+                for t, v, s in zip(top.tolist(), values.tolist(), samplings, strict=True)]
+        return tokens, logprobs, tops
 
 
 def inverse_cdf(weights_RN: Tensor, uniform_R1: Tensor) -> Tensor:

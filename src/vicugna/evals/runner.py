@@ -6,9 +6,10 @@ max_new_tokens: never right, whatever it contains) and error (no reply or no sco
 because something failed, such as a chat that the template refuses; the message is recorded).
 
 Only failures of the machine (out of memory, a full disk, Ctrl-C) end the evaluation. Run again, it
-resumes: a batch, a fixed slice of the plan, is written whole or repeated, so that an evaluation
-killed anywhere ends in the same bytes. So does one shared by several ranks: they take batches in
-turn (round robin), and the first gathers and writes the records.
+resumes: a batch, a fixed slice of the plan, is given to the engine at once, and written whole or
+repeated, so that an evaluation killed anywhere ends in the same bytes. So does one shared by
+several ranks: they take batches in turn (round robin), and the first gathers and writes the
+records.
 """
 
 import json
@@ -35,7 +36,7 @@ from vicugna.evals.results import Results, read_records
 from vicugna.files import canonical, digest_of, disk_errors, owned, read_json, write_json
 from vicugna.tasks import Item, Task
 
-BATCH_TOKENS, GREEDY = 65_536, Sampling()
+BATCH_TOKENS, GREEDY = 1_048_576, Sampling()
 Tasks = Mapping[str, Task]
 FindTask = Callable[[str], Task]
 

@@ -142,7 +142,7 @@ class _ShapeRecorder:
         return x_BTD.new_zeros(x_BTD.shape[0], n, x_BTD.shape[2])
 
     def __call__(self, layer: int, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor | None,
-                 span: Span) -> Tensor:
+                 span: Span, scale: float | None = None) -> Tensor:
         H, K = q_BTHK.shape[2:]
         cached = [k_BTGK] if v_BTGK is None else [k_BTGK, v_BTGK]
         U = cached[-1].shape[3]

@@ -134,8 +134,8 @@ class Attention(nn.Module):
         self.kv_b_proj = nn.Linear(self.R, self.H * (self.C + self.U), bias=False)
         self.o_proj = nn.Linear(self.H * self.U, D, bias=bias)
         scaling = config.rope_scaling or {}
-        self.query_scale = rope.mscale(scaling.get("factor", 1.0),
-                                     scaling.get("mscale_all_dim") or 0.0) ** 2
+        self.scale = (self.C + self.P) ** -0.5 * rope.mscale(
+            scaling.get("factor", 1.0), scaling.get("mscale_all_dim") or 0.0) ** 2
 
     def forward(self, x_BTD: Tensor, positions_BT: Tensor, rotation: tuple[Tensor, Tensor],
                 attend: Attend) -> Tensor:
@@ -157,20 +157,18 @@ class Attention(nn.Module):
                   attend: Attend) -> Tensor:
         kv = self.kv_b_proj(latent_BT1R).view(*q_BTHC.shape[:3], -1)
         k_BTHC, v_BTHU = kv.split((self.C, self.U), dim=-1)
-        q = torch.cat((q_BTHC, q_BTHP), dim=-1) * self.query_scale
+        q = torch.cat((q_BTHC, q_BTHP), dim=-1)
         k = torch.cat((k_BTHC, k_BT1P.expand(-1, -1, self.H, -1)), dim=-1)
-        return attend(self.layer, q, k, v_BTHU, self.span)
+        return attend(self.layer, q, k, v_BTHU, self.span, self.scale)
 
     def _absorbed(self, q_BTHC: Tensor, q_BTHP: Tensor, latent_BT1R: Tensor, k_BT1P: Tensor,
                   attend: Attend) -> Tensor:
         up_k_HCR, up_v_HUR = self.kv_b_proj.weight.unflatten(0, (self.H, -1)).split(
             (self.C, self.U), dim=1)
         q_BTHR = torch.einsum("bthc,hcr->bthr", q_BTHC, up_k_HCR)
-        # `attend` divides scores by the root of this width, not of the expanded form's: corrected.
-        scale = self.query_scale * ((self.R + self.P) / (self.C + self.P)) ** 0.5
-        q = torch.cat((q_BTHR, q_BTHP), dim=-1) * scale
+        q = torch.cat((q_BTHR, q_BTHP), dim=-1)
         k = torch.cat((latent_BT1R, k_BT1P), dim=-1)
-        o_BTHR = attend(self.layer, q, k, None, self.span)[..., :self.R]
+        o_BTHR = attend(self.layer, q, k, None, self.span, self.scale)[..., :self.R]
         return torch.einsum("bthr,hur->bthu", o_BTHR, up_v_HUR)
 
 

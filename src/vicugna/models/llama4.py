@@ -198,10 +198,12 @@ class Multimodal(decoder.Multimodal):
         return self.multi_modal_projector["linear_1"](self.vision_model(images).flatten(0, 1))
 
     def forward(self, tokens_BT: Tensor, positions_BT: Tensor, attend: Attend,
-                images: Tensor | None = None, features_MD: Tensor | None = None) -> Tensor:
+                images: Tensor | None = None, features_MD: Tensor | None = None,
+                is_image_BT: Tensor | None = None) -> Tensor:
         """As `decoder.Network`. `images` holds pixel values [tiles, 3, H, W] of all tiles in these
         tokens, row by row; their features, in order, replace the embeddings of the image tokens.
-        A chunk of a prompt (chunked prefill) takes the `features_MD` of its image tokens instead.
+        Chunks of prompts take the `features_MD` of their image tokens instead, with `is_image_BT`
+        where only some image tokens stand for one (others have been generated).
 
         Raises VicugnaError unless there are as many image tokens as features, or for tiles of a
         wrong size. Without either, image tokens keep their own embedding.
@@ -211,7 +213,8 @@ class Multimodal(decoder.Multimodal):
         if features_MD is None:
             return super().forward(tokens_BT, positions_BT, attend)
         index = self.config.image_token_index
-        is_image_BT = tokens_BT == index
+        if is_image_BT is None:
+            is_image_BT = tokens_BT == index
         if (count := int(is_image_BT.sum())) != len(features_MD):
             raise VicugnaError(f"{count} image tokens, but {len(features_MD)} features of tiles",
                                "images", f"Write token {index} once for each feature of a tile")

@@ -90,8 +90,8 @@ class Layer(nn.Module):
     def forward(self, x_BTD: Tensor, positions_BT: Tensor, rotation: tuple[Tensor, Tensor],
                 attend: Attend) -> Tensor:
         h_BTD = self.input_layernorm(x_BTD)
-        state_BnD = attend.conv_state(self.layer, h_BTD, self.conv_rows)
-        h_BTD = self.conv(h_BTD, state_BnD, positions_BT)
+        state = attend.conv_state(self.layer, h_BTD, self.conv_rows)
+        h_BTD = self.conv(h_BTD, state, positions_BT)
         x_BTD = x_BTD + self.self_attn(h_BTD, positions_BT, rotation, attend)
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 

@@ -19,8 +19,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from torch import Tensor
 
-from vicugna import engine
 from vicugna.chat import ReplyParser
+from vicugna.engine import Engine
+from vicugna.engine import Request as EngineRequest
 from vicugna.errors import VicugnaError
 from vicugna.model import ContextExceeded, Model
 from vicugna.server.guard import Guard
@@ -29,16 +30,20 @@ from vicugna.server.worker import Worker
 
 MAX_BODY_BYTES = 10_000_000
 BODY_SECONDS = 60  # time limit for receiving a request body
+TOKEN_BUDGET = 256  # of a step: what those who get an answer wait for while a prompt is read
 
 
 class Server:
-    """The served model and its id. Raises VicugnaError if it has no tokenizer."""
+    """The served model and its id, and an engine with `memory` bytes of KV cache (None: half of
+    what is free). Raises VicugnaError if the model has no tokenizer."""
 
-    def __init__(self, model: Model, name: str) -> None:
+    def __init__(self, model: Model, name: str, memory: int | None = None) -> None:
         self.model, self.name, self.tokenizer = model, name, model.text_tokenizer()
-        self.worker, self.fingerprint = Worker(), f"vicugna-{model.digest[:12]}"
+        engine = Engine(model.network, memory=memory, token_budget=TOKEN_BUDGET)
+        self.budget, self.worker = engine.budget, Worker(engine, self.tokenizer)
+        self.fingerprint = f"vicugna-{model.digest[:12]}"
         self.card = {"id": name, "object": "model", "created": int(time.time()),
-                     "owned_by": "vicugna", "context_length": model.config.context_length}
+                     "owned_by": "vicugna", "context_length": self.budget.longest}
 
     def find(self, name: str) -> dict[str, Any]:
         """The card of the model called `name`; ApiError when it is not the one served."""
@@ -54,7 +59,7 @@ class Server:
         messages = [{"role": message.role, "content": message.content,
                      "reasoning": message.reasoning_content} for message in request.messages]
         try:
-            prompt, images = self.model.read_chat(messages)
+            prompt, images = self.model.read_chat(messages, self.budget.longest)
         except VicugnaError as error:
             code = "context_length_exceeded" if isinstance(error, ContextExceeded) else None
             raise ApiError(400, f"{error}.", "messages", code) from error
@@ -97,9 +102,9 @@ class Completion:
     async def _steps(self) -> AsyncIterator[tuple[dict[str, str], list[Any], str | None]]:
         """Per decoding step: (new text by field, logprob entries, finish reason)."""
         server, parser = self.server, ReplyParser(self.server.tokenizer, self.prompt)
-        start = partial(engine.stream, server.model.network, server.tokenizer, self.prompt,
-                        self.request.sampling(), images=self.images)
-        async for delta in server.worker.run(start):
+        request = EngineRequest(tuple(self.prompt), self.request.sampling(), self.images,
+                                tuple(server.tokenizer.eos_ids), key=self.request.cache_salt)
+        async for delta in server.worker.run(request):
             new = parser.push(delta.tokens, delta.text, delta.finish_reason is not None)
             self.completion_tokens += len(delta.tokens)
             if new.reasoning or parser.in_reasoning:
@@ -190,13 +195,14 @@ def _page() -> Response:
 
 
 def create_app(model: Model, name: str, hosts: frozenset[str] | None = None,
-               api_key: str | None = None, origins: frozenset[str] = frozenset()) -> FastAPI:
-    """The ASGI application serving `model` under the id `name`.
+               api_key: str | None = None, origins: frozenset[str] = frozenset(),
+               memory: int | None = None) -> FastAPI:
+    """The ASGI application serving `model` under the id `name`, with `memory` bytes of KV cache.
 
     `hosts` are the names accepted in the Host header (None: any); with `api_key`, every path but
     the page and /health needs it.
     """
-    server, page = Server(model, name), _page()
+    server, page = Server(model, name, memory), _page()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -207,7 +213,7 @@ def create_app(model: Model, name: str, hosts: frozenset[str] | None = None,
     app = FastAPI(lifespan=lifespan, openapi_url=None, redirect_slashes=False)
     for kind in (ApiError, VicugnaError, HTTPException, Exception):
         app.add_exception_handler(kind, lambda _, error: _as_api_error(error).response())
-    app.state.worker = server.worker
+    app.state.worker, app.state.budget = server.worker, server.budget
     app.add_middleware(Guard, hosts=hosts, api_key=api_key, origins=origins)
 
     get = partial(app.api_route, methods=["GET", "HEAD"])

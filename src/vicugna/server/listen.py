@@ -9,6 +9,7 @@ from typing import Any
 
 import uvicorn
 
+from vicugna.engine.budget import Budget
 from vicugna.errors import VicugnaError
 from vicugna.model import Model
 from vicugna.server.app import create_app
@@ -58,18 +59,20 @@ class _Server(uvicorn.Server):
 
 
 def run(model: Model, name: str, bound: socket.socket, host: str, api_key: str | None,
-        origins: frozenset[str], ready: Callable[[str], None]) -> None:
+        origins: frozenset[str], memory: int | None, ready: Callable[[str, Budget], None]) -> None:
     """Serve on `bound` until SIGINT or SIGTERM; running requests get `DRAIN_SECONDS` to finish.
 
-    `ready(url)` is called just before requests are accepted.
+    `memory` is that of the KV cache, bytes (None: half of what is free). `ready(url, budget)` is
+    called just before requests are accepted.
     """
     shown = f"[{host}]" if ":" in host else host
     hosts = LOCAL_NAMES | {shown.lower()} if is_loopback(host) else None
-    config = uvicorn.Config(create_app(model, name, hosts, api_key, origins), log_level="warning",
-                            access_log=False, server_header=False, ws="none", proxy_headers=False,
+    app = create_app(model, name, hosts, api_key, origins, memory)
+    config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False,
+                            ws="none", proxy_headers=False,
                             timeout_graceful_shutdown=DRAIN_SECONDS + 5)
     # uvicorn re-raises the signal once it has shut down.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
-    ready(f"http://{shown}:{bound.getsockname()[1]}")
+    ready(f"http://{shown}:{bound.getsockname()[1]}", app.state.budget)
     _Server(config).run(sockets=[bound])

@@ -113,6 +113,7 @@ class ChatRequest(StrictModel):
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
     stop: Annotated[list[Stop], Field(max_length=16)] = []
+    cache_salt: Text = ""  # cached prefixes are shared only among requests with the same one
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
     stream: bool = False

@@ -59,6 +59,10 @@ class CausalConv(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(width, hidden_size))
 
-    def forward(self, x_BTD: Tensor, state_BnD: Tensor, positions_BT: Tensor) -> Tensor:
-        history = torch.cat([state_BnD.to(x_BTD.dtype), x_BTD], dim=1)
+    def forward(self, x_BTD: Tensor, state: Tensor, positions_BT: Tensor) -> Tensor:
+        """`state` is what `Attend.conv_state` returns."""
+        if state.dim() == 4:  # [B, T, n, D]: a flat batch of many sequences, only for inference
+            w = self.weight.to(x_BTD.dtype)
+            return x_BTD * (1 + w[0]) + (state * w[1:].flip(0)).sum(2)
+        history = torch.cat([state.to(x_BTD.dtype), x_BTD], dim=1)
         return _CausalConv.apply(history, self.weight, positions_BT)

@@ -93,6 +93,13 @@ class VisionConfig:
         """Features of one tile, one for each of its image tokens."""
         return (self.side // self.shuffle) ** 2
 
+    def check_tiles(self, images: Tensor) -> None:
+        """Raise VicugnaError unless these are pixel values [N, 3, H, W] of tiles."""
+        shape = self.num_channels, self.image_size, self.image_size
+        if images.shape[1:] != shape:
+            raise VicugnaError(f"images of shape {list(images.shape)}", "images", "Give tiles of "
+                               f"{' x '.join(map(str, shape))} pixels")
+
     def to_dict(self) -> dict[str, Any]:
         """The content of `vision_config`."""
         return {"model_type": "llama4_vision_model", **FIXED, **asdict(self)}
@@ -189,9 +196,7 @@ class VisionModel(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         c, embed = self.config, self.patch_embedding["linear"]
-        if images.shape[1:] != (c.num_channels, c.image_size, c.image_size):
-            raise VicugnaError(f"images of shape {list(images.shape)}", "images", "Give tiles of "
-                               f"{c.num_channels} x {c.image_size} x {c.image_size} pixels")
+        c.check_tiles(images)
         patches = F.unfold(images.to(self.class_embedding), c.patch_size, stride=c.patch_size)
         x_NPC = embed(patches.transpose(1, 2))
         x_NPC = torch.cat([x_NPC, self.class_embedding.expand(len(x_NPC), 1, -1)], dim=1)
