@@ -15,7 +15,7 @@ from vicugna.engine.cpu import packing, product
 from vicugna.engine.cpu.arena import ARENA
 from vicugna.engine.cpu.compiler import Operation
 from vicugna.engine.cpu.formats import FORMATS, ROWS, Format
-from vicugna.engine.cpu.threads import pool, program
+from vicugna.engine.cpu.threads import program, run
 from vicugna.errors import VicugnaError, did_you_mean
 
 
@@ -89,7 +89,7 @@ def from_gguf(kind: str, raw: np.ndarray, shape: tuple[int, int]) -> Packed:
         raise VicugnaError(f"{raw.nbytes} bytes are not {N} x {K} weights of {kind}", "weights",
                            "The file may be broken")
     packed = _empty(form, N, K)
-    pool().run(program((packing.relay(form.number), (
+    run(program((packing.relay(form.number), (
         _address(raw), N, K, _address(packed.codes), _address(packed.scales)))))
     return packed
 
@@ -117,7 +117,7 @@ def matmul(x_MK: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     instructions.append((product.product(form.number), (
         source, M, K, _address(packed.codes), _address(packed.scales), packed.blocks,
         y_MN.data_ptr(), 4 * width, 0 if bias is None else bias.data_ptr())))
-    pool().run(program(*instructions))
+    run(program(*instructions))
     return y_MN[:, :N].to(x_MK.dtype)
 
 
@@ -131,7 +131,7 @@ def rows(packed: Packed, numbers: Tensor) -> Tensor:
     if len(chosen) and not 0 <= int(chosen.min()) <= int(chosen.max()) < N:
         raise VicugnaError(f"row {int(chosen.max())} of {N}", "embedding")
     out = torch.empty(len(chosen), K)
-    pool().run(program((packing.dequantise(packed.format.number), (
+    run(program((packing.dequantise(packed.format.number), (
         chosen.data_ptr(), len(chosen), K, _address(packed.codes), _address(packed.scales),
         out.data_ptr()))))
     return out.view(*numbers.shape, K)

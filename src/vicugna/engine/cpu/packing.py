@@ -6,21 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from vicugna.engine.cpu import vectors as v
 from vicugna.engine.cpu.compiler import Operation, kernel, template
 from vicugna.engine.cpu.formats import BY_NUMBER, ROWS
 from vicugna.engine.cpu.product import share
-from vicugna.engine.cpu.vectors import (
-    read_bf16,
-    read_f16,
-    read_f32,
-    read_i64,
-    read_u8,
-    read_u16,
-    unpack,
-    write_f32,
-    write_u8,
-    write_u16,
-)
 
 f32 = np.float32
 
@@ -31,25 +20,25 @@ f32 = np.float32
 def gguf_code(number: int) -> Any:
     """(block, e) -> the code of weight e of a block."""
     def q4_0(block: int, e: int) -> int:
-        return read_u8(block + 2 + (e & 15)) >> (4 * (e >> 4)) & 15
+        return v.read_u8(block + 2 + (e & 15)) >> (4 * (e >> 4)) & 15
 
     def q4_1(block: int, e: int) -> int:
-        return read_u8(block + 4 + (e & 15)) >> (4 * (e >> 4)) & 15
+        return v.read_u8(block + 4 + (e & 15)) >> (4 * (e >> 4)) & 15
 
     def q8_0(block: int, e: int) -> int:
-        return read_u8(block + 2 + e) ^ 128  # from signed
+        return v.read_u8(block + 2 + e) ^ 128  # from signed
 
     def q4_k(block: int, e: int) -> int:
-        return read_u8(block + 16 + 32 * (e >> 6) + (e & 31)) >> (4 * (e >> 5 & 1)) & 15
+        return v.read_u8(block + 16 + 32 * (e >> 6) + (e & 31)) >> (4 * (e >> 5 & 1)) & 15
 
     def q5_k(block: int, e: int) -> int:
-        low = read_u8(block + 48 + 32 * (e >> 6) + (e & 31)) >> (4 * (e >> 5 & 1)) & 15
-        return low | (read_u8(block + 16 + (e & 31)) >> (e >> 5) & 1) << 4
+        low = v.read_u8(block + 48 + 32 * (e >> 6) + (e & 31)) >> (4 * (e >> 5 & 1)) & 15
+        return low | (v.read_u8(block + 16 + (e & 31)) >> (e >> 5) & 1) << 4
 
     def q6_k(block: int, e: int) -> int:
         half, quarter, i = e >> 7, e >> 5 & 3, e & 31
-        low = read_u8(block + 64 * half + 32 * (quarter & 1) + i) >> (4 * (quarter >> 1)) & 15
-        return low | (read_u8(block + 128 + 32 * half + i) >> (2 * quarter) & 3) << 4
+        low = v.read_u8(block + 64 * half + 32 * (quarter & 1) + i) >> (4 * (quarter >> 1)) & 15
+        return low | (v.read_u8(block + 128 + 32 * half + i) >> (2 * quarter) & 3) << 4
 
     return {"q4_0": q4_0, "q4_1": q4_1, "q8_0": q8_0, "q4_k": q4_k, "q5_k": q5_k,
             "q6_k": q6_k}[BY_NUMBER[number].name]
@@ -59,26 +48,27 @@ def gguf_code(number: int) -> Any:
 def relay_scales(number: int) -> Any:
     """(block, scales, row): the scales of a block to those of 16 rows."""
     def only(block: int, scales: int, row: int) -> None:
-        write_u16(scales + 2 * row, read_u16(block))
+        v.write_u16(scales + 2 * row, v.read_u16(block))
 
     def with_minimum(block: int, scales: int, row: int) -> None:
-        write_u16(scales + 2 * row, read_u16(block))
-        write_u16(scales + 32 + 2 * row, read_u16(block + 2) ^ 0x8000)  # it is added there
+        v.write_u16(scales + 2 * row, v.read_u16(block))
+        v.write_u16(scales + 32 + 2 * row, v.read_u16(block + 2) ^ 0x8000)  # it is added there
 
     def six_bits(block: int, scales: int, row: int) -> None:
-        write_u16(scales + 2 * row, read_u16(block))
-        write_u16(scales + 32 + 2 * row, read_u16(block + 2))
+        v.write_u16(scales + 2 * row, v.read_u16(block))
+        v.write_u16(scales + 32 + 2 * row, v.read_u16(block + 2))
         for i in range(4):
-            a, b, c = (read_u8(block + 4 + i), read_u8(block + 8 + i), read_u8(block + 12 + i))
-            write_u8(scales + 64 + 16 * i + row, a & 63)
-            write_u8(scales + 192 + 16 * i + row, b & 63)
-            write_u8(scales + 64 + 16 * (i + 4) + row, c & 15 | a >> 6 << 4)
-            write_u8(scales + 192 + 16 * (i + 4) + row, c >> 4 | b >> 6 << 4)
+            at = block + 4 + i
+            a, b, c = v.read_u8(at), v.read_u8(at + 4), v.read_u8(at + 8)
+            v.write_u8(scales + 64 + 16 * i + row, a & 63)
+            v.write_u8(scales + 192 + 16 * i + row, b & 63)
+            v.write_u8(scales + 64 + 16 * (i + 4) + row, c & 15 | a >> 6 << 4)
+            v.write_u8(scales + 192 + 16 * (i + 4) + row, c >> 4 | b >> 6 << 4)
 
     def eight_bits(block: int, scales: int, row: int) -> None:
-        write_u16(scales + 2 * row, read_u16(block + 208))
+        v.write_u16(scales + 2 * row, v.read_u16(block + 208))
         for i in range(16):
-            write_u8(scales + 32 + 16 * i + row, read_u8(block + 192 + i))
+            v.write_u8(scales + 32 + 16 * i + row, v.read_u8(block + 192 + i))
 
     return {"q4_0": only, "q8_0": only, "q4_1": with_minimum, "q4_k": six_bits, "q5_k": six_bits,
             "q6_k": eight_bits}[BY_NUMBER[number].name]
@@ -93,18 +83,18 @@ def relay_codes(number: int) -> Any:
         at = codes + 4 * row
         if bits == 8:
             for k in range(32):
-                write_u8(at + 64 * (k >> 2) + (k & 3), gguf_code(number, block, first + k))
+                v.write_u8(at + 64 * (k >> 2) + (k & 3), gguf_code(number, block, first + k))
             return
         for k in range(16):
             low = gguf_code(number, block, first + k) & 15
             high = gguf_code(number, block, first + k + 16) & 15
-            write_u8(at + 64 * (k >> 2) + (k & 3), low | high << 4)
+            v.write_u8(at + 64 * (k >> 2) + (k & 3), low | high << 4)
         if bits == 5:
             for i in range(4):
                 plane = 0
                 for j in range(8):
                     plane |= (gguf_code(number, block, first + 4 * j + i) >> 4) << j
-                write_u8(at + 256 + i, plane)
+                v.write_u8(at + 256 + i, plane)
         if bits == 6:
             for i in range(4):
                 for half in range(2):
@@ -112,7 +102,7 @@ def relay_codes(number: int) -> Any:
                     for j in range(4):
                         code = gguf_code(number, block, first + 16 * half + 4 * j + i)
                         plane |= (code >> 4) << (2 * j)
-                    write_u8(at + 256 + 64 * half + i, plane)
+                    v.write_u8(at + 256 + 64 * half + i, plane)
 
     return run
 
@@ -126,7 +116,7 @@ def relay(number: int) -> Operation:
 
     @Operation
     def run(operands: int, thread: int, threads: int) -> None:
-        raw, N, K, codes, scales = unpack(operands, 5)
+        raw, N, K, codes, scales = v.unpack(operands, 5)
         blocks = K // columns
         first, last = share(-(-N // ROWS), thread, threads)
         for n in range(first * ROWS, min(last * ROWS, N)):
@@ -147,19 +137,19 @@ def relay(number: int) -> Operation:
 def code_at(bits: int) -> Any:
     """(codes, row, k) -> the code in column k of a group of 32 columns."""
     def four(codes: int, row: int, k: int) -> int:
-        pair = read_u8(codes + 64 * (k >> 2 & 3) + 4 * row + (k & 3))
+        pair = v.read_u8(codes + 64 * (k >> 2 & 3) + 4 * row + (k & 3))
         return pair >> (4 * (k >> 4)) & 15
 
     def five(codes: int, row: int, k: int) -> int:
-        high = read_u8(codes + 256 + 4 * row + (k & 3)) >> (k >> 2) & 1
+        high = v.read_u8(codes + 256 + 4 * row + (k & 3)) >> (k >> 2) & 1
         return four_bits(codes, row, k) | high << 4
 
     def six(codes: int, row: int, k: int) -> int:
-        high = read_u8(codes + 256 + 64 * (k >> 4) + 4 * row + (k & 3)) >> (2 * (k >> 2 & 3)) & 3
+        high = v.read_u8(codes + 256 + 64 * (k >> 4) + 4 * row + (k & 3)) >> (2 * (k >> 2 & 3)) & 3
         return four_bits(codes, row, k) | high << 4
 
     def eight(codes: int, row: int, k: int) -> int:
-        return read_u8(codes + 64 * (k >> 2) + 4 * row + (k & 3))
+        return v.read_u8(codes + 64 * (k >> 2) + 4 * row + (k & 3))
 
     four_bits = kernel(four)
     return {4: four, 5: five, 6: six, 8: eight}[bits]
@@ -172,31 +162,31 @@ def weight_at(number: int) -> Any:
     bits, offset, group_bytes, size = form.bits, form.offset, form.code_bytes(32), form.scale_bytes
 
     def float32(codes: int, scales: int, row: int, k: int) -> Any:
-        return read_f32(codes + (k * ROWS + row) * 4)
+        return v.read_f32(codes + (k * ROWS + row) * 4)
 
     def bfloat16(codes: int, scales: int, row: int, k: int) -> Any:
-        return read_bf16(codes + (k * ROWS + row) * 2)
+        return v.read_bf16(codes + (k * ROWS + row) * 2)
 
     def simple(codes: int, scales: int, row: int, k: int) -> Any:
         code = code_at(bits, codes + (k >> 5) * group_bytes, row, k & 31)
-        return read_f16(scales + (k >> 5) * size + 2 * row) * f32(code - offset)
+        return v.read_f16(scales + (k >> 5) * size + 2 * row) * f32(code - offset)
 
     def with_minimum(codes: int, scales: int, row: int, k: int) -> Any:
         code = code_at(bits, codes + (k >> 5) * group_bytes, row, k & 31)
         at = scales + (k >> 5) * size + 2 * row
-        return read_f16(at) * f32(code) - read_f16(at + 32)
+        return v.read_f16(at) * f32(code) - v.read_f16(at + 32)
 
     def six_bits(codes: int, scales: int, row: int, k: int) -> Any:
         code = code_at(bits, codes + (k >> 5) * group_bytes, row, k & 31)
         at, group = scales + (k >> 8) * size, (k >> 5 & 7) * 16 + row
-        return (read_f16(at + 2 * row) * f32(read_u8(at + 64 + group)) * f32(code)
-                - read_f16(at + 32 + 2 * row) * f32(read_u8(at + 192 + group)))
+        return (v.read_f16(at + 2 * row) * f32(v.read_u8(at + 64 + group)) * f32(code)
+                - v.read_f16(at + 32 + 2 * row) * f32(v.read_u8(at + 192 + group)))
 
     def eight_bits(codes: int, scales: int, row: int, k: int) -> Any:
         code = code_at(bits, codes + (k >> 5) * group_bytes, row, k & 31)
         at = scales + (k >> 8) * size
-        scale = (read_u8(at + 32 + (k >> 4 & 15) * 16 + row) ^ 128) - 128
-        return read_f16(at + 2 * row) * f32(scale) * f32(code - offset)
+        scale = (v.read_u8(at + 32 + (k >> 4 & 15) * 16 + row) ^ 128) - 128
+        return v.read_f16(at + 2 * row) * f32(scale) * f32(code - offset)
 
     return {"f32": float32, "bf16": bfloat16, "q4_0": simple, "q8_0": simple,
             "q4_1": with_minimum, "q4_k": six_bits, "q5_k": six_bits, "q6_k": eight_bits}[form.name]
@@ -211,13 +201,13 @@ def dequantise(number: int) -> Operation:
 
     @Operation
     def run(operands: int, thread: int, threads: int) -> None:
-        chosen, count, K, codes, scales, out = unpack(operands, 6)
+        chosen, count, K, codes, scales, out = v.unpack(operands, 6)
         first, last = share(count, thread, threads)
         for i in range(first, last):
-            n = read_i64(chosen + 8 * i)
+            n = v.read_i64(chosen + 8 * i)
             w = codes + n // ROWS * code_size * K
             s = scales + n // ROWS * scale_size * (K // columns)
             for k in range(K):
-                write_f32(out + (i * K + k) * 4, weight_at(number, w, s, n % ROWS, k))
+                v.write_f32(out + (i * K + k) * 4, weight_at(number, w, s, n % ROWS, k))
 
     return run

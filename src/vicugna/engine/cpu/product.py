@@ -19,44 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from vicugna.engine.cpu import vectors
+from vicugna.engine.cpu import vectors as v
 from vicugna.engine.cpu.compiler import Operation, kernel, not_inlined, procedure, template
 from vicugna.engine.cpu.formats import BY_NUMBER, ROWS, Format
-from vicugna.engine.cpu.vectors import (
-    dot4,
-    dot4_small,
-    floats,
-    fma,
-    four_bytes,
-    ints,
-    load_bf16,
-    load_bytes,
-    load_f16,
-    load_f32,
-    load_s8,
-    load_u8,
-    magnitude,
-    maximum,
-    maximum_of,
-    read_f32,
-    read_i32,
-    shift_left,
-    shift_right,
-    splat,
-    splat_byte,
-    splat_i32,
-    store_f32,
-    store_s8,
-    sum_of_ints,
-    to_floats,
-    unpack,
-    write_f32,
-    write_i32,
-)
 
-L = vectors.L
+L = v.L
 PARTS = ROWS // L  # vectors that hold a number for each of 16 rows
-SUMS = vectors.SET.registers // 2  # registers for sums; the others hold weights and scales
+SUMS = v.SET.registers // 2  # registers for sums; the others hold weights and scales
 MOST_TOKENS = 8 if L == 16 else 4  # of a tile; others have 4, 2 and 1
 FLOAT_ROWS = 4  # most blocks of 16 rows of a tile of floats
 CHUNK = 1 << 19  # bytes of activations that stay in the cache while all weights pass
@@ -98,7 +67,7 @@ def quantise(number: int) -> Operation:
 
     @Operation
     def run(operands: int, thread: int, threads: int) -> None:
-        x, M, K, out = unpack(operands, 4)
+        x, M, K, out = v.unpack(operands, 4)
         size = K + 4 * (K // 32) * (1 + halves)
         start = 0
         while start < M:
@@ -118,27 +87,27 @@ def _quantise_row(x: int, groups: int, out: int, T: int, t: int, offset: int, mi
     scales = out + T * groups * 32
     sides = scales + T * groups * 4
     for g in range(groups):
-        largest = splat(f32(0))
+        largest = v.splat(f32(0))
         for i in range(0, 32, L):
-            largest = maximum(largest, magnitude(load_f32(x + (g * 32 + i) * 4)))
-        most = maximum_of(largest)
+            largest = v.maximum(largest, v.magnitude(v.load_f32(x + (g * 32 + i) * 4)))
+        most = v.maximum_of(largest)
         # Not a number stays so in the scale, and a whole group of nearly nothing is nothing.
-        inverse = splat(f32(127) / most if most > f32(1e-30) else f32(0))
+        inverse = v.splat(f32(127) / most if most > f32(1e-30) else f32(0))
         place = g * T + t
-        first, second = splat_i32(0), splat_i32(0)
+        first, second = v.splat_i32(0), v.splat_i32(0)
         for i in range(0, 16, L):
-            first += store_s8(out + place * 32 + i, load_f32(x + (g * 32 + i) * 4) * inverse)
+            first += v.store_s8(out + place * 32 + i, v.load_f32(x + (g * 32 + i) * 4) * inverse)
         for i in range(16, 32, L):
-            second += store_s8(out + place * 32 + i, load_f32(x + (g * 32 + i) * 4) * inverse)
+            second += v.store_s8(out + place * 32 + i, v.load_f32(x + (g * 32 + i) * 4) * inverse)
         scale = most / f32(127)
-        write_f32(scales + place * 4, scale)
+        v.write_f32(scales + place * 4, scale)
         if halves == 2:
-            write_i32(sides + place * 8, -offset * sum_of_ints(first))
-            write_i32(sides + place * 8 + 4, -offset * sum_of_ints(second))
+            v.write_i32(sides + place * 8, -offset * v.sum_of_ints(first))
+            v.write_i32(sides + place * 8 + 4, -offset * v.sum_of_ints(second))
         elif minima:
-            write_f32(sides + place * 4, -scale * f32(sum_of_ints(first + second)))
+            v.write_f32(sides + place * 4, -scale * f32(v.sum_of_ints(first + second)))
         else:
-            write_i32(sides + place * 4, -offset * sum_of_ints(first + second))
+            v.write_i32(sides + place * 4, -offset * v.sum_of_ints(first + second))
 
 
 # ---- codes and scales of weights
@@ -147,19 +116,20 @@ def _quantise_row(x: int, groups: int, out: int, T: int, t: int, offset: int, mi
 def codes_of(bits: int) -> Any:
     """(codes, j) -> codes of columns 4j to 4j + 3 of a group of 32 columns (formats.py)."""
     def four(codes: int, j: int) -> Any:
-        pair = load_bytes(codes + 64 * (j & 3))
-        return pair & splat_byte(15) if j < 4 else shift_right(pair, 4)
+        pair = v.load_bytes(codes + 64 * (j & 3))
+        return pair & v.splat_byte(15) if j < 4 else v.shift_right(pair, 4)
 
     def five(codes: int, j: int) -> Any:
-        high = shift_right(load_bytes(codes + 256), j) & splat_byte(1)
-        return codes_of(4, codes, j) | shift_left(high, 4)
+        high = v.shift_right(v.load_bytes(codes + 256), j) & v.splat_byte(1)
+        return codes_of(4, codes, j) | v.shift_left(high, 4)
 
     def six(codes: int, j: int) -> Any:
-        high = shift_right(load_bytes(codes + 256 + 64 * (j >> 2)), 2 * (j & 3)) & splat_byte(3)
-        return codes_of(4, codes, j) | shift_left(high, 4)
+        both = v.load_bytes(codes + 256 + 64 * (j >> 2))
+        high = v.shift_right(both, 2 * (j & 3)) & v.splat_byte(3)
+        return codes_of(4, codes, j) | v.shift_left(high, 4)
 
     def eight(codes: int, j: int) -> Any:
-        return load_bytes(codes + 64 * j)
+        return v.load_bytes(codes + 64 * j)
 
     return {4: four, 5: five, 6: six, 8: eight}[bits]
 
@@ -171,15 +141,15 @@ def scale_of(number: int) -> Any:
     size = form.scale_bytes
 
     def simple(scales: int, g: int, half: int, row: int) -> Any:
-        return load_f16(scales + g * size + 2 * row)
+        return v.load_f16(scales + g * size + 2 * row)
 
     def unsigned(scales: int, g: int, half: int, row: int) -> Any:
         block = scales + (g >> 3) * size
-        return load_f16(block + 2 * row) * load_u8(block + 64 + (g & 7) * 16 + row)
+        return v.load_f16(block + 2 * row) * v.load_u8(block + 64 + (g & 7) * 16 + row)
 
     def signed(scales: int, g: int, half: int, row: int) -> Any:
         block = scales + (g >> 3) * size
-        return load_f16(block + 2 * row) * load_s8(block + 32 + ((g & 7) * 2 + half) * 16 + row)
+        return v.load_f16(block + 2 * row) * v.load_s8(block + 32 + ((g & 7) * 2 + half) * 16 + row)
 
     return simple if form.columns == 32 else unsigned if form.minima else signed
 
@@ -191,11 +161,11 @@ def minimum_of(number: int) -> Any:
     size = form.scale_bytes
 
     def simple(scales: int, g: int, row: int) -> Any:
-        return load_f16(scales + g * size + 32 + 2 * row)
+        return v.load_f16(scales + g * size + 32 + 2 * row)
 
     def unsigned(scales: int, g: int, row: int) -> Any:
         block = scales + (g >> 3) * size
-        return load_f16(block + 32 + 2 * row) * load_u8(block + 192 + (g & 7) * 16 + row)
+        return v.load_f16(block + 32 + 2 * row) * v.load_u8(block + 192 + (g & 7) * 16 + row)
 
     return simple if form.columns == 32 else unsigned
 
@@ -212,20 +182,20 @@ def tile(number: int, T: int, R: int) -> Any:
 
 def _float_tile(form: Format, T: int, R: int) -> Any:
     """Each token's number at a column times that column of all rows."""
-    size, load = form.bits // 8, load_f32 if form.bits == 32 else load_bf16
+    size, load = form.bits // 8, v.load_f32 if form.bits == 32 else v.load_bf16
     V = R * PARTS  # vectors that hold a number for each row
     sums = T * V
 
     def run(x: int, row: int, K: int, codes: int, scales: int, y: int, y_row: int,
             bias: int) -> None:
-        total, weight = floats(sums), floats(V)
+        total, weight = v.floats(sums), v.floats(V)
         for k in range(K):
             for i in range(V):
                 weight[i] = load(codes + (i // PARTS * K + k) * ROWS * size + i % PARTS * L * size)
             for t in range(T):
-                factor = splat(read_f32(x + t * row + k * 4))
+                factor = v.splat(v.read_f32(x + t * row + k * 4))
                 for i in range(V):
-                    total[t * V + i] = fma(factor, weight[i], total[t * V + i])
+                    total[t * V + i] = v.fma(factor, weight[i], total[t * V + i])
         for t in range(T):
             for i in range(V):
                 _put(y + t * y_row + i * L * 4, total[t * V + i], bias, i * L * 4)
@@ -236,7 +206,7 @@ def _float_tile(form: Format, T: int, R: int) -> Any:
 def _integer_tile(form: Format, T: int) -> Any:
     """Exact sums of products of integers for each group, scaled and added up in float32."""
     number, bits, minima = form.number, form.bits, form.minima
-    dot = dot4 if bits == 8 else dot4_small
+    dot = v.dot4 if bits == 8 else v.dot4_small
     halves = 32 // form.group
     steps, count = 8 // halves, T * PARTS
 
@@ -246,24 +216,24 @@ def _integer_tile(form: Format, T: int) -> Any:
         """Group g of columns, of the p-th part of the rows."""
         for half in range(halves):
             for t in range(T):
-                sums[t] = splat_i32(0 if minima else read_i32(sides + 4 * (t * halves + half)))
+                sums[t] = v.splat_i32(0 if minima else v.read_i32(sides + 4 * (t * halves + half)))
             for i in range(half * steps, (half + 1) * steps):
                 code = codes_of(bits, codes, i)
                 for t in range(T):
-                    sums[t] = dot(sums[t], code, four_bytes(x + 32 * t + 4 * i))
+                    sums[t] = dot(sums[t], code, v.four_bytes(x + 32 * t + 4 * i))
             scale = scale_of(number, scales, g, half, p * L)
             for t in range(T):
-                scaled = scale * splat(read_f32(x_scales + 4 * t))
-                total[t * PARTS + p] = fma(to_floats(sums[t]), scaled, total[t * PARTS + p])
+                scaled = scale * v.splat(v.read_f32(x_scales + 4 * t))
+                total[t * PARTS + p] = v.fma(v.to_floats(sums[t]), scaled, total[t * PARTS + p])
         if minima:
             minimum = minimum_of(number, scales, g, p * L)
             for t in range(T):
-                side = splat(read_f32(sides + 4 * t))
-                total[t * PARTS + p] = fma(minimum, side, total[t * PARTS + p])
+                side = v.splat(v.read_f32(sides + 4 * t))
+                total[t * PARTS + p] = v.fma(minimum, side, total[t * PARTS + p])
 
     def run(x: int, row: int, K: int, codes: int, scales: int, y: int, y_row: int,
             bias: int) -> None:
-        total, sums = floats(count), ints(T)
+        total, sums = v.floats(count), v.ints(T)
         x_scales = x + T * K
         sides = x_scales + T * (K // 32) * 4
         for g in range(K // 32):
@@ -280,8 +250,8 @@ def _integer_tile(form: Format, T: int) -> Any:
 @kernel
 def _put(y: int, values: Any, bias: int, offset: int) -> None:
     if bias != 0:
-        values = values + load_f32(bias + offset)
-    store_f32(y, values)
+        values = values + v.load_f32(bias + offset)
+    v.store_f32(y, values)
 
 
 # ---- the whole product
@@ -325,7 +295,7 @@ def product(number: int) -> Operation:
 
     @Operation
     def run(operands: int, thread: int, threads: int) -> None:
-        x, M, K, codes, scales, blocks, y, y_row, bias = unpack(operands, 9)
+        x, M, K, codes, scales, blocks, y, y_row, bias = v.unpack(operands, 9)
         row = 4 * K if is_float else K + 4 * (K // 32) * (1 + sides)
         chunk = max(MOST_TOKENS, CHUNK // row // MOST_TOKENS * MOST_TOKENS)
         first, last = share(blocks, thread, threads)
