@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from paged import CPU, PagedRows
 from tiny_networks import plain_logits, random_network, random_prompts
 
-from vicugna.engine import paged_attention
+from vicugna.engine import cpu, paged_attention
 from vicugna.engine.blocks import BLOCK
 from vicugna.engine.paged_attention import Places
 from vicugna.models.layers import attention
@@ -52,6 +52,15 @@ def test_any_split_and_batch_equals_whole(kind, lengths, chunks, window, key_hea
 def test_long_prompts_in_real_blocks(kind):
     network, prompts = random_network(kind), random_prompts([900, 411])
     for prompt, logits in zip(prompts, read_in_parts(network, prompts, [600]), strict=True):
+        assert (logits - plain_logits(network, prompt)).abs().max() < 1e-4
+
+
+@pytest.mark.skipif(not cpu.available(), reason="no compiled kernels here")
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_attention_equals_whole(kind):
+    """Heads of 16 features and more go through it."""
+    network, prompts = random_network(kind, head_dim=16), random_prompts([90, 1, 41])
+    for prompt, logits in zip(prompts, read_in_parts(network, prompts, [50, 1, 7]), strict=True):
         assert (logits - plain_logits(network, prompt)).abs().max() < 1e-4
 
 

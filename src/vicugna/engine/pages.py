@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vicugna.engine import cpu
 from vicugna.engine.blocks import BLOCK, Pool
 from vicugna.engine.paged_attention import Places, paged_attention
 from vicugna.models.layers.mask import Span
@@ -102,6 +103,7 @@ class Pages:
         self.keys: list[Tensor | None] = []
         self.values: list[Tensor] = []
         self.rows: list[Tensor | None] = []
+        self._compiled = device.type == "cpu" and cpu.available()
         for layer in layers:
             blocks, G = self.pools[layer.span].blocks, layer.heads
             self.keys.append(_zeros((blocks, G, layer.key, BLOCK), layer.dtype, device)
@@ -109,6 +111,17 @@ class Pages:
             self.values.append(_zeros((blocks, G, BLOCK, layer.value), layer.dtype, device))
             self.rows.append(_zeros((self.pools[self.conv_span].blocks * BLOCK, layer.width),
                                     layer.dtype, device) if layer.conv else None)
+
+    def attention(self, layer: int, q_NHK: Tensor, place: Places, scale: float) -> Tensor:
+        """Attention over the pages of a layer, [N, H, U]: compiled where that takes them."""
+        keys, values = self.keys[layer], self.values[layer]
+        if self._compiled:
+            from vicugna.engine.cpu import attention  # which needs numba
+            if attention.takes(keys, values):
+                return attention.paged(q_NHK, keys, values, place.starts, place.lengths,
+                                       place.tables, place.first, place.span.window,
+                                       place.span.chunk, scale)
+        return paged_attention(q_NHK, keys, values, place, scale)
 
     def copy(self, span: Span, source: int, target: int) -> None:
         """Copy a block of one kind."""
@@ -171,4 +184,4 @@ class Paged:
         else:
             values[place.blocks_N, :, place.offsets_N] = k_1NGK[0]
         scale = q_1NHK.shape[3] ** -0.5 if scale is None else scale
-        return paged_attention(q_1NHK[0], keys, values, place, scale)[None]
+        return self.pages.attention(layer, q_1NHK[0], place, scale)[None]
