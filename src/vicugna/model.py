@@ -37,17 +37,22 @@ class Generation:
     usage: dict[str, int]
 
 
-def load(path: str | Path, dtype: str = "float32", device: str = "cpu") -> "Model":
+def load(path: str | Path, dtype: str = "float32", weights: str = "auto", device: str = "cpu"
+         ) -> "Model":
     """Load the checkpoint `path`: a folder in Hugging Face's form or Meta's, a GGUF file, a Hub id
-    `org/name[@revision]`, or the name of a packaged model (`smollm2`). `dtype` is "float32",
-    "bfloat16", "float16", or "auto" for what is stored. Raises VicugnaError."""
+    `org/name[@revision]`, or the name of a packaged model (`smollm2`). `dtype`, in which is
+    computed, is "float32", "bfloat16", "float16", or "auto" for what is stored.
+
+    `weights` is how matrices are kept on the CPU: "auto", those that a GGUF file has quantised as
+    they are, all others in `dtype`; "bf16", "int8" or "int4", packed into that; or "float", all in
+    `dtype`, as is needed to train or to save the network. Raises VicugnaError."""
     kind = None if dtype == "auto" else dtype_of(dtype, "load")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise VicugnaError(f"device {device!r} is not usable here", "load",
                            "Use 'cpu', or install a PyTorch that knows it") from error
-    read = checkpoint.read(path, kind, device)
+    read = engine.weights.read(path, kind, weights, device)
     return Model(read.network, read.tokenizer, read.generation_config, read.origin)
 
 
@@ -74,7 +79,7 @@ class Model(checkpoint.Checkpoint):
         if outside := tokens[(tokens < 0) | (tokens >= V)].tolist():
             raise VicugnaError(f"token id {outside[0]} is outside the vocabulary of {V}", "logits",
                                "Use this model's tokenizer")
-        tokens = tokens.to(self.network.lm_head.weight.device, torch.long)
+        tokens = tokens.to(next(self.network.parameters()).device, torch.long)
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
         vision = {}
         if images is not None:

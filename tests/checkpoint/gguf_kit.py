@@ -97,7 +97,7 @@ def same(a: checkpoint.Checkpoint, b: checkpoint.Checkpoint) -> None:
 def rewritten(path: Path, to: Path, drop=("vicugna.", "tokenizer.huggingface"), tensors=None,
               **changes) -> Path:
     """Copy a GGUF file through the package, without our own keys, some keys or tensors changed
-    (None: left out)."""
+    (None: left out; bytes of blocks with their type)."""
     tensors = tensors or {}
     reader = gguf.GGUFReader(path)
     keys = {name: field for name, field in reader.fields.items()
@@ -112,8 +112,10 @@ def rewritten(path: Path, to: Path, drop=("vicugna.", "tokenizer.huggingface"), 
     for tensor in reader.tensors:
         if tensor.name not in tensors:
             writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
-        elif tensors[tensor.name] is not None:
-            writer.add_tensor(tensor.name, tensors[tensor.name])
+        elif isinstance(new := tensors[tensor.name], tuple):
+            writer.add_tensor(tensor.name, new[0], raw_dtype=new[1])
+        elif new is not None:
+            writer.add_tensor(tensor.name, new)
     for write in (writer.write_header_to_file, writer.write_kv_data_to_file,
                   writer.write_tensors_to_file, writer.close):
         write()

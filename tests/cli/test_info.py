@@ -138,6 +138,27 @@ def test_every_ggml_type_has_its_name(tmp_path: Path, cli: Any) -> None:
         assert f"{kind.name}: " in cli("info", tmp_path / "b.gguf").out
 
 
+def test_how_a_model_is_kept_to_run(tmp_path: Path, cli: Any) -> None:
+    """Of every kind of tensor: what the file holds, what is kept, why, and its bytes."""
+    folder = write(tmp_path / "m", "llama", None, vocab_size=300, hidden_size=32,
+                   intermediate_size=64)
+    convert(folder, tmp_path / "m.gguf", dtype="q4_0", lossy=True)
+
+    def kept(*arguments: object) -> dict[str, tuple[str, str]]:
+        said = json.loads(cli("info", *arguments, "--run", "--json").out)
+        assert said["weight_bytes"] == sum(one["bytes"] for one in said["tensors"])
+        return {one["tensor"]: (one["stored"], one["kept"]) for one in said["tensors"]}
+
+    down, norm = "model.layers.#.mlp.down_proj.weight", "model.norm.weight"
+    found = kept(tmp_path / "m.gguf")
+    assert found[down] == ("q4_0", "q4_0") and found[norm] == ("float32", "float32")
+    assert kept(tmp_path / "m.gguf", "--weights", "float")[down] == ("q4_0", "float32")
+    assert kept(folder)[down] == ("bfloat16", "float32")
+    assert kept(folder, "--weights", "int8")[down] == ("bfloat16", "q8_0")
+    shown = cli("info", tmp_path / "m.gguf", "--run").out
+    assert "as the file has it" in shown and "bytes of weights" in shown
+
+
 def requantise(source: Path, target: Path, kind: Any) -> None:
     """The same file with its matrices in another GGML type."""
     gguf = pytest.importorskip("gguf")

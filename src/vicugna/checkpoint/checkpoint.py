@@ -1,18 +1,20 @@
 """A checkpoint in memory: a network, its tokenizer, and what came with them."""
 
 import copy
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from torch import Tensor, nn
 
 from vicugna.checkpoint.digest import digest
 from vicugna.checkpoint.hf import directory
 from vicugna.checkpoint.state_dict import named_tensors
-from vicugna.checkpoint.stored import Stored
+from vicugna.checkpoint.stored import Blocks, Stored
 from vicugna.checkpoint.survey import default_generation_config
+from vicugna.errors import VicugnaError
 from vicugna.tokenizer import Tokenizer
 
 
@@ -25,7 +27,9 @@ class Origin:
     VicugnaError for values that are not finite in weights that were not checked yet.
 
     Of a network read onto the meta device, `stream` gives the parameters and buffers one by one,
-    and `stored` all tensors by their names in files, each read when it is asked for.
+    and `stored` all tensors by their names in files, each read when it is asked for. Of a network
+    whose matrices are packed, `stored` gives what those were made of, and `weights` the format into
+    which they were quantised, None for those that are as the file has them.
     """
 
     config: dict[str, Any]
@@ -34,7 +38,8 @@ class Origin:
     passthrough: dict[str, Tensor]
     check: Callable[[], None] = lambda: None
     stream: Callable[[], Iterator[tuple[str, Tensor]]] | None = None
-    stored: Mapping[str, Tensor] = field(default_factory=dict)
+    stored: Mapping[str, Tensor | Blocks] = field(default_factory=dict)
+    weights: str | None = None
 
 
 class Checkpoint:
@@ -56,7 +61,7 @@ class Checkpoint:
         """The network's frozen Config; its fields are the keys of config.json."""
         return self.network.config
 
-    def tensors(self) -> Mapping[str, Tensor]:
+    def tensors(self) -> Mapping[str, Tensor | Blocks]:
         """All that was loaded, by its names in a checkpoint's files and without copies.
         VicugnaError for values that are not finite, in weights that were not checked yet."""
         if self.origin is None:
@@ -64,7 +69,8 @@ class Checkpoint:
         if next(self.network.parameters()).is_meta:
             return self.origin.stored
         self.origin.check()
-        return named_tensors(self.network) | self.origin.passthrough
+        held: Any = named_tensors(self.network) | self.origin.passthrough
+        return ChainMap(held, cast(Any, self.origin.stored)) if self.origin.stored else held
 
     @property
     def digest(self) -> str:
@@ -76,7 +82,8 @@ class Checkpoint:
                 *(self.origin.passthrough.values() if self.origin else ())]
         state = [(tensor.data_ptr(), tensor._version) for tensor in held], more
         if self._digest is None or self._digest[0] != state:
-            self._digest = state, digest(tensors, self.config.to_dict(), *more)
+            self._digest = state, digest(tensors, self.config.to_dict(), *more,
+                                         self.origin.weights if self.origin else None)
         return self._digest[1]
 
     def with_network(self, network: nn.Module) -> Self:
@@ -92,9 +99,15 @@ class Checkpoint:
         `tensors`, by their names in files, stand for those of a network that is not in memory.
         config.json keeps the keys of the original that are not modelled here, and the tokenizer's
         files stay as they were. Raises VicugnaError, also for a folder which holds anything that
-        is not of a checkpoint.
+        is not of a checkpoint, and for a network whose matrices are packed.
         """
-        tensors, origin = self.tensors() if tensors is None else tensors, self.origin
+        origin = self.origin
+        if tensors is None:
+            found = self.tensors()
+            if origin and found is not origin.stored and origin.stored:
+                raise VicugnaError("its matrices are packed for inference", str(folder),
+                                   "Load it with weights='float', or convert its file")
+            tensors = cast(Mapping[str, Tensor], found)
         config, files = self.config.to_dict(), {}
         if origin is None:
             config |= {key: self.generation_config[key] for key in directory.TOKEN_IDS

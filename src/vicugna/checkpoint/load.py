@@ -14,7 +14,7 @@ from vicugna.checkpoint.gguf import reader as gguf
 from vicugna.checkpoint.hf import directory
 from vicugna.checkpoint.meta import original as meta
 from vicugna.checkpoint.source import locate
-from vicugna.checkpoint.state_dict import Parts, StoredTensors, place
+from vicugna.checkpoint.state_dict import PackedTensors, Parts, StoredTensors, place
 from vicugna.checkpoint.stored import Mapped
 from vicugna.checkpoint.survey import Survey
 from vicugna.files import disk_errors
@@ -41,26 +41,40 @@ def survey(path: str | Path) -> Survey:
         raise foreign.explain(found)
 
 
+Pack = Callable[[Parts, Mapped], set[str]]
+
+
 def read(path: str | Path, dtype: torch.dtype | None = torch.float32,
-         device: str | torch.device = "cpu") -> Checkpoint:
+         device: str | torch.device = "cpu", pack: Pack | None = None,
+         weights: str | None = None) -> Checkpoint:
     """Read the checkpoint `path` (as `survey`).
 
     Parameters become `dtype`; None keeps what is stored. Buffers keep the network's own dtype.
     Weights stay a private mapping of their files where neither dtype nor device changes; NaN in
     large ones is reported when the network first runs, is saved or digested. On the device "meta"
-    there are none: see Origin. Raises VicugnaError.
+    there are none: see Origin.
+
+    `pack` puts matrices into the network in forms of its own before the others are read, and
+    returns the names of those parameters; `weights` says in the digest into which format it
+    quantised them, None if they are as the file has them. Raises VicugnaError.
     """
     found, device = survey(path), torch.device(device)
     parts, without_weights = Parts(found), device.type == "meta"
     large = sum(part.nbytes for part in found.stored.values()) > AT_ONCE
     mapped = Mapped(later=large or without_weights)
     with disk_errors(path):
+        packing = Mapped()
+        packed = pack(parts, packing) if pack else set[str]()
         if not without_weights:
-            place(parts.network, dict(parts.values(dtype, device, mapped)))
+            place(parts.network, dict(parts.values(dtype, device, mapped, packed)))
             parts.network.eval()
         passthrough = {name: mapped.read([part], part.shape, part.kind, torch.device("cpu"))
                        for name, part in parts.passthrough.items()}
     origin = Origin(found.config, found.tokenizer, found.files, passthrough)
+    if packed:
+        origin = replace(origin, stored=PackedTensors(parts, packed, packing,
+                                                       weights is None),
+                         weights=weights)
     if without_weights:
         origin = replace(origin, check=mapped.check, stream=partial(parts.streamed, dtype),
                          stored=StoredTensors(parts, dtype))

@@ -4,7 +4,8 @@ A network may stack in one parameter what files hold apart (a mixture's experts)
 tensors that it does not compute with, which are passed through. See checkpoint/names.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,10 @@ from torch import Tensor, nn
 from vicugna import models
 from vicugna.checkpoint import names
 from vicugna.checkpoint.names import Names
-from vicugna.checkpoint.stored import Mapped, Stored, broken, short
+from vicugna.checkpoint.stored import Blocks, Mapped, Stored, broken, short
 from vicugna.checkpoint.survey import Survey
 from vicugna.errors import VicugnaError
 from vicugna.files import disk_errors
-from vicugna.progress import Report
 
 LAYERS, EXPERTS = 400, 2**16  # more would only take time, or memory
 
@@ -87,20 +87,25 @@ class Parts:
     @property
     def kinds(self) -> set[torch.dtype]:
         """The dtypes that stand for those in which the parameters are stored."""
-        return {part.kind for name, those in self.made_of.items() if name not in self.buffers
-                for part in those}
+        return self.kinds_of(self.made_of.keys())
 
-    def values(self, dtype: torch.dtype | None, device: torch.device, mapped: Mapped
-               ) -> Iterator[tuple[str, Tensor]]:
+    def kinds_of(self, names: Collection[str]) -> set[torch.dtype]:
+        """Those of the parameters among `names`."""
+        return {part.kind for name in names if name not in self.buffers
+                for part in self.made_of[name]}
+
+    def values(self, dtype: torch.dtype | None, device: torch.device, mapped: Mapped,
+               without: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
         """The network's parameters (of tied ones one) and buffers by name, each read by `mapped`
-        when its turn comes, in the order of the disk.
+        when its turn comes, in the order of the disk; not those named in `without`.
 
         Parameters become `dtype`; None keeps what is stored. VicugnaError where they are stored in
         several, and for values that are not finite.
         """
-        if dtype is None and len(self.kinds) > 1:
+        names = self.made_of.keys() - without
+        if dtype is None and len(kinds := self.kinds_of(names)) > 1:
             raise VicugnaError("its weights are stored as "
-                               f"{' and '.join(sorted(map(str, self.kinds)))}", str(self.folder),
+                               f"{' and '.join(sorted(map(str, kinds)))}", str(self.folder),
                                "Load it as one of them: dtype='float32' or 'bfloat16'")
 
         def read(name: str) -> Tensor:
@@ -108,13 +113,17 @@ class Parts:
             kind = like.dtype if name in self.buffers else dtype or made_of[0].kind
             return mapped.read(made_of, like.shape, kind, device)
 
-        for name in sorted(self.made_of, key=lambda name: (self.made_of[name][0].file,
-                                                           self.made_of[name][0].begin)):
+        for name in self.in_order(names):
             if name not in self.tied:
                 yield name, read(name)
             elif not torch.equal(read(name), read(self.tied[name])):
                 raise VicugnaError(f"{name} differs from the embeddings, but the config ties them",
                                    str(self.folder), "Set tie_word_embeddings to false in it")
+
+    def in_order(self, names: Collection[str]) -> list[str]:
+        """These parameters and buffers in the order of the disk."""
+        return sorted(names, key=lambda name: (self.made_of[name][0].file,
+                                               self.made_of[name][0].begin, name))
 
     def streamed(self, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
         """`values` on the CPU, each of which is valid until the next one is asked for."""
@@ -129,9 +138,7 @@ class StoredTensors(Mapping[str, Tensor]):
     """What `Checkpoint.tensors` gives of a loaded network, whose parameters become `dtype` (None
     keeps what is stored); each is read when it is asked for."""
 
-    def __init__(self, parts: Parts, dtype: torch.dtype | None,
-                 report: Report = lambda done, name: None) -> None:
-        self._report, self._done = report, 0
+    def __init__(self, parts: Parts, dtype: torch.dtype | None) -> None:
         # Each name's tensor and dtype; where that is a stack of experts, which one of how many.
         self._places: dict[str, tuple[Stored, torch.dtype, int, int]] = {}
         naming = names_of(parts.network)
@@ -146,8 +153,6 @@ class StoredTensors(Mapping[str, Tensor]):
         part, kind, n, count = self._places[name]
         # One mapping for each, so that its pages go when the tensor does.
         tensor = Mapped().read([part], part.shape, kind, torch.device("cpu"))
-        self._done += 1
-        self._report(self._done, name)
         return tensor if count == 1 else tensor.reshape(count, -1, part.shape[-1])[n]
 
     def __iter__(self) -> Iterator[str]:
@@ -155,6 +160,31 @@ class StoredTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._places)
+
+
+class PackedTensors(Mapping[str, Tensor | Blocks]):
+    """What packed parameters were made of, by the names in files: read again by `mapped`, which has
+    the files open, when it is asked for; the file's blocks, or `as_blocks` being false floats."""
+
+    def __init__(self, parts: Parts, packed: set[str], mapped: Mapped, as_blocks: bool) -> None:
+        self._parts = {part.name: part for name in packed for part in parts.made_of[name]}
+        self._mapped, self._as_blocks = mapped, as_blocks
+
+    def __getitem__(self, name: str) -> Tensor | Blocks:
+        part, mapped = self._parts[name], self._mapped
+        if self._as_blocks:
+            with mapped.blocks(part) as found:
+                return replace(found, rows=found.rows.clone())
+        tensor = mapped.read([part], part.shape, part.kind, torch.device("cpu"))
+        copy = tensor.clone()
+        mapped.drop_pages(tensor)
+        return copy
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
 
 
 def place(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -7,7 +7,8 @@ weights (arXiv 2412.19437, section 3.3).
 import ctypes
 import math
 import mmap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,32 @@ from torch import Tensor
 from vicugna.errors import VicugnaError
 
 FP8 = torch.float8_e4m3fn
+# GGML's types whose blocks are read: values and bytes of a block, and where in it its float16
+# factors are.
+BLOCKS = {"q4_0": (32, 18, (0,)), "q4_1": (32, 20, (0, 2)), "q8_0": (32, 34, (0,)),
+          "q4_k": (256, 144, (0, 2)), "q5_k": (256, 176, (0, 2)), "q6_k": (256, 210, (208,))}
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A matrix, or a stack of them, in GGML's blocks of quantised values: the name of their type,
+    such as "q4_0", the shape, and the bytes of each row, uint8 [..., rows, bytes]."""
+
+    kind: str
+    shape: tuple[int, ...]
+    rows: Tensor
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """How a file holds a tensor in GGML's blocks: their type's name, the shape (that of the
+    products: not transposed), the parts of the file (first byte, and shape in bytes), and what
+    makes its rows of theirs."""
+
+    kind: str
+    shape: tuple[int, ...]
+    parts: tuple[tuple[int, tuple[int, ...]], ...]
+    join: Callable[[Sequence[Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -26,7 +53,7 @@ class Stored:
     """Where a tensor is stored, its dtype and its shape, from the header.
 
     An FP8 tensor's `scale` has one factor for each `block` (rows, columns) of it. Where a file does
-    not hold the tensor as it is, `load` makes it.
+    not hold the tensor as it is, `load` makes it; `quantised` says how to read its blocks instead.
     """
 
     name: str
@@ -38,6 +65,7 @@ class Stored:
     block: tuple[int, int] = (1, 1)
     key: str | None = None  # its name in the file, where that is another
     load: Callable[[], Tensor] | None = field(default=None, compare=False)
+    quantised: Quantised | None = field(default=None, compare=False)
 
     def renamed(self, name: str) -> "Stored":
         """The same tensor by another name."""
@@ -116,20 +144,43 @@ class Mapped:
         return tensor.clone() if tensor.data_ptr() % tensor.itemsize else tensor  # if not aligned
 
     def _mapped(self, stored: Stored) -> Tensor:
-        file, size = stored.file, stored.file.stat().st_size
-        if file.suffix == ".safetensors":
-            if file not in self._files:
-                self._files[file] = safe_open(file, "pt")
-            tensor = self._files[file].get_tensor(stored.key or stored.name)
-        else:
-            if file not in self._files:
-                self._files[file] = torch.from_file(str(file), shared=False, size=size,
-                                                    dtype=torch.uint8)
-            flat = self._files[file][stored.begin : stored.begin + stored.nbytes]
-            tensor = torch.frombuffer(flat.numpy(), dtype=stored.dtype).view(stored.shape)
+        file = stored.file
+        if file.suffix != ".safetensors":
+            flat = self._bytes(file, stored.begin, stored.nbytes)
+            return torch.frombuffer(flat.numpy(), dtype=stored.dtype).view(stored.shape)
+        if file not in self._files:
+            self._files[file] = safe_open(file, "pt")
+        tensor = self._files[file].get_tensor(stored.key or stored.name)
         address = tensor.data_ptr() - stored.begin
-        self._addresses[file] = range(address, address + size)
+        self._addresses[file] = range(address, address + file.stat().st_size)
         return tensor
+
+    def _bytes(self, file: Path, begin: int, count: int) -> Tensor:
+        """Bytes of a file that is not safetensors."""
+        if file not in self._files:
+            size = file.stat().st_size
+            self._files[file] = torch.from_file(str(file), shared=False, size=size,
+                                                dtype=torch.uint8)
+            address = self._files[file].data_ptr()
+            self._addresses[file] = range(address, address + size)
+        return self._files[file][begin : begin + count]
+
+    @contextmanager
+    def blocks(self, stored: Stored) -> Iterator[Blocks]:
+        """The blocks of a `quantised` tensor, whose pages are given back at the end.
+        VicugnaError for factors that are not finite, or if the file has shrunk; OSError."""
+        held = stored.quantised
+        assert held is not None
+        try:
+            parts = [self._bytes(stored.file, begin, math.prod(shape)).view(shape)
+                     for begin, shape in held.parts]
+        except RuntimeError as error:
+            raise broken(f"cannot be read: {str(error).splitlines()[0]}", stored.where) from error
+        for part in parts:
+            _check_factors(held.kind, part, stored)
+        yield Blocks(held.kind, held.shape, held.join(parts))
+        for part in parts:
+            self.drop_pages(part)
 
     def read(self, parts: Sequence[Stored], shape: Sequence[int], dtype: torch.dtype,
              device: torch.device) -> Tensor:
@@ -189,6 +240,16 @@ def _check(tensor: Tensor, source: Tensor, stored: Stored) -> None:
                            stored.where, "Load it in the dtype it is stored in, or as float32")
     raise VicugnaError(f"{bad:,} of {tensor.numel():,} values are NaN or infinite", stored.where,
                        "Use a checkpoint from before the training diverged")
+
+
+def _check_factors(kind: str, rows: Tensor, stored: Stored) -> None:
+    """Raise VicugnaError unless the factors of all blocks are finite, and with them all values."""
+    _, size, places = BLOCKS[kind]
+    for at in places:
+        high = rows.reshape(-1, size)[:, at + 1]  # the sign and exponent of a little-endian float16
+        if bad := int(((high & 0x7C) == 0x7C).sum()):
+            raise VicugnaError(f"{bad:,} of {len(high):,} factors of {kind} blocks are NaN or "
+                               "infinite", stored.where, "Download or write the checkpoint again")
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

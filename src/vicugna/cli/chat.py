@@ -49,6 +49,7 @@ def chat(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampler.")] = 0,
     memory: output.Memory = None,
     dtype: output.Dtype = "float32",
+    weights: output.Weights = "auto",
     device: output.Device = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per reply.")] = False,
 ) -> None:
@@ -58,7 +59,7 @@ def chat(
 
     once, system = once and output.as_text(once, "--once"), output.as_text(system, "--system")
     sampling = Sampling(max_new_tokens or sys.maxsize, temperature, top_k, top_p, seed=seed)
-    loaded = load(model, dtype, device)
+    loaded = load(model, dtype, weights, device)
     engine = Engine(loaded.network, memory=output.as_bytes(memory), slots=1)
     conversation = Chat(loaded, engine, sampling, system)
     if once is None and sys.stdin.isatty() and not as_json:

@@ -25,6 +25,7 @@ def evaluate(
         formats=["%Y-%m-%d"], help="The date that chat templates see; default: the recipe's, "
         "or 2026-01-01.")] = None,
     dtype: output.Dtype = "float32",
+    weights: output.Weights = "auto",
     device: output.Device = "cpu",
     workspace: Annotated[Path, typer.Option(envvar="VICUGNA_WORKSPACE",
                                             help="Folder of the ledger.")] = Path("runs"),
@@ -40,7 +41,7 @@ def evaluate(
     from vicugna.ledger import Ledger
     from vicugna.training.recipe import DATE, EvalSpec, read
 
-    loaded = vicugna.load(model, dtype, device)
+    loaded = vicugna.load(model, dtype, weights, device)
     tokenizer, day, own_tasks = loaded.text_tokenizer(), date and date.date(), {}
     if items is not None:
         plan, task = evals.plan_items(items, tokenizer, day or DATE, max_new_tokens)

@@ -15,24 +15,59 @@ def info(
     model: output.ModelArgument,
     digest: Annotated[bool, typer.Option(help="Its digest too, for which every byte is read.")]
     = True,
+    run: Annotated[bool, typer.Option("--run", help="Instead: in what form each kind of tensor is "
+                                      "kept to run it, why, and the memory that takes.")] = False,
+    dtype: output.Dtype = "float32",
+    weights: output.Weights = "auto",
+    device: output.Device = "cpu",
     as_json: output.Json = False,
 ) -> None:
     """Show architecture, sizes, dtypes, context, tokenizer and digest of MODEL."""
+    if run:
+        return _run(model, dtype, weights, device, as_json)
     from vicugna import checkpoint, progress
     from vicugna.checkpoint.digest import digest_stored
     from vicugna.checkpoint.state_dict import Parts
+    from vicugna.engine.weights import plan
 
     found = checkpoint.survey(model)
     parts = Parts(found)
     facts = _facts(found, parts.network)
     if digest:
+        packed = {name for name, one in plan(parts, "auto", None).items() if one.packed}
         with progress.bar("digest", len(parts.by_name) + len(parts.passthrough)) as report:
-            facts["digest"] = digest_stored(parts, found, report)
+            facts["digest"] = digest_stored(parts, found, packed, report)
     if as_json:
         output.as_json(facts)
     else:
         output.table(model, ("what", "value"), ((what.replace("_", " "), _text(value))
                                                 for what, value in facts.items()), 2)
+
+
+def _run(model: str, dtype: str, weights: str, device: str, as_json: bool) -> None:
+    """Show how MODEL would be kept in memory; nothing is loaded."""
+    from vicugna import checkpoint
+    from vicugna.checkpoint.names import general
+    from vicugna.checkpoint.state_dict import Parts
+    from vicugna.dtypes import dtype_of
+    from vicugna.engine.weights import plan
+
+    parts = Parts(checkpoint.survey(model))
+    chosen = plan(parts, weights, None if dtype == "auto" else dtype_of(dtype, "--dtype"), device)
+    groups: dict[tuple[str, str, str, str], list[int]] = {}
+    for name, one in chosen.items():
+        group = general(name)[1], one.stored, one.kind, one.why
+        groups.setdefault(group, []).append(one.nbytes)
+    total, head = sum(one.nbytes for one in chosen.values()), ("tensor", "stored", "kept", "why")
+    if as_json:
+        output.as_json({"weight_bytes": total, "tied": parts.tied, "tensors": [
+            dict(zip(head, group, strict=True)) | {"count": len(sizes), "bytes": sum(sizes)}
+            for group, sizes in groups.items()]})
+        return
+    output.table(f"{model}: {total:,} bytes of weights", (*head, "count", "bytes"), (
+        (*group, f"{len(sizes):,}", f"{sum(sizes):,}") for group, sizes in groups.items()), 4)
+    for name, other in parts.tied.items():
+        print(f"{name} is {other}: one copy")
 
 
 def _facts(found: "Survey", network: Any) -> dict[str, Any]:

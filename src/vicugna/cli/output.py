@@ -20,6 +20,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 ModelArgument = Annotated[str, typer.Argument(
     help="A folder (Hugging Face, Meta), a GGUF file, a Hub id, or smollm2 (make smollm2).")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto (as stored).")]
+Weights = Annotated[str, typer.Option(
+    help="How matrices are kept on the CPU: auto (a GGUF's quantised ones as they are, others in "
+    "--dtype), bf16, int8, int4, or float (all in --dtype).")]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, ...")]
 Memory = Annotated[float | None, typer.Option(
     min=0, help="GiB of KV cache at most; default: half of what is free.")]

@@ -24,6 +24,7 @@ def serve(
     )] = None,
     memory: output.Memory = None,
     dtype: output.Dtype = "float32",
+    weights: output.Weights = "auto",
     device: output.Device = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object when ready.")] = False,
 ) -> None:
@@ -37,7 +38,7 @@ def serve(
     if origins and api_key is None:
         output.say(f"No API key is set: whoever reaches {', '.join(sorted(origins))} can use it.")
     with bind(host, port) as bound:  # first, so that a taken port is known at once
-        loaded = load(model, dtype, device)
+        loaded = load(model, dtype, weights, device)
         shown = printable(name or Path(model).resolve().name)
 
         def ready(url: str, budget: "Budget") -> None:

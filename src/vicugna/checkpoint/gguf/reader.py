@@ -18,10 +18,10 @@ from torch import Tensor
 from vicugna.checkpoint.folder import JSON_BYTES
 from vicugna.checkpoint.foreign import start
 from vicugna.checkpoint.gguf import keys, vocabulary
-from vicugna.checkpoint.gguf.file import DTYPES, F32, MAGIC, Entry, decode, scan
+from vicugna.checkpoint.gguf.file import DTYPES, F32, MAGIC, Entry, decode, scan, type_name
 from vicugna.checkpoint.gguf.keys import ARCHITECTURES
 from vicugna.checkpoint.gguf.tensors import FREQUENCIES, PLAIN, Layout, hf_name, in_layer, layouts
-from vicugna.checkpoint.stored import Stored, broken, short
+from vicugna.checkpoint.stored import BLOCKS, Quantised, Stored, broken, short
 from vicugna.checkpoint.survey import Survey, default_generation_config
 from vicugna.errors import VicugnaError
 
@@ -148,7 +148,25 @@ def _stored(name: str, path: Path, entries: Sequence[Entry], expert: int | None,
     shape = shapes[0] if layout is PLAIN else tuple(
         layout.join([torch.empty(shape, device="meta") for shape in shapes]).shape)
     return Stored(name, path, entries[0].begin, dtype, shape,
-                  load=partial(_load, entries, expert, layout, dtype))
+                  load=partial(_load, entries, expert, layout, dtype),
+                  quantised=_quantised(entries, expert, layout))
+
+
+def _quantised(entries: Sequence[Entry], expert: int | None, layout: Layout) -> Quantised | None:
+    """How to read the tensor's blocks; None for floats, types without kernels, and tensors that
+    are not made of whole rows of the file's."""
+    kind = type_name(entries[0].kind).lower()
+    if kind not in BLOCKS or layout.rows is None or len({entry.kind for entry in entries}) > 1:
+        return None
+    parts = []
+    for entry in entries:
+        count, shape = entry.data.nbytes, (*entry.shape[:-1], -1)
+        if expert is not None:
+            count, shape = count // entry.shape[0], shape[1:]
+        rows = math.prod(shape[:-1])
+        parts.append((entry.begin + (expert or 0) * count, (*shape[:-1], count // rows)))
+    joined = layout.rows([torch.empty(shape, device="meta") for _, shape in parts])
+    return Quantised(kind, (*joined.shape[:-1], entries[0].shape[-1]), tuple(parts), layout.rows)
 
 
 def _load(entries: Sequence[Entry], expert: int | None, layout: Layout, dtype: torch.dtype

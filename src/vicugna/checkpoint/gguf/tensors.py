@@ -23,10 +23,13 @@ FREQUENCIES = "rope_freqs.weight"  # what llama.cpp divides RoPE's frequencies b
 
 @dataclass(frozen=True)
 class Layout:
-    """How a tensor of a folder is laid out in the tensors of a file that hold it."""
+    """How a tensor of a folder is laid out in the tensors of a file that hold it. `rows` makes the
+    rows by which products go of theirs, whatever a row holds: values or blocks; None: no rows do.
+    """
 
     split: Callable[[Tensor], Sequence[Tensor]] = lambda ours: [ours]
     join: Callable[[Sequence[Tensor]], Tensor] = lambda theirs: theirs[0]
+    rows: Callable[[Sequence[Tensor]], Tensor] | None = lambda theirs: theirs[0]
 
 
 PLAIN = Layout()
@@ -41,7 +44,8 @@ def layouts(config: Mapping[str, Any]) -> dict[str, Layout]:
     if kind == "llama4_text":  # whose experts are transposed
         return {"feed_forward.experts.gate_up_proj": Layout(
                     lambda ours: ours.mT.chunk(2, dim=1),
-                    lambda theirs: torch.cat([*theirs], dim=1).mT),
+                    lambda theirs: torch.cat([*theirs], dim=1).mT,
+                    lambda theirs: torch.cat([*theirs], dim=1)),
                 "feed_forward.experts.down_proj": Layout(
                     lambda ours: [ours.mT], lambda theirs: theirs[0].mT)}
     if kind != "deepseek_v3":
@@ -53,7 +57,8 @@ def layouts(config: Mapping[str, Any]) -> dict[str, Layout]:
         return k_HCR.mT, v_HUR
 
     found = {"self_attn.kv_b_proj": Layout(
-        keys_and_values, lambda theirs: torch.cat((theirs[0].mT, theirs[1]), dim=1).flatten(0, 1))}
+        keys_and_values, lambda theirs: torch.cat((theirs[0].mT, theirs[1]), dim=1).flatten(0, 1),
+        None)}
     if not shape.rope_interleave:
         found |= {"self_attn.q_proj": _permuting(H, C), "self_attn.q_b_proj": _permuting(H, C),
                   "self_attn.kv_a_proj_with_mqa": _permuting(1, shape.kv_lora_rank)}
@@ -61,8 +66,10 @@ def layouts(config: Mapping[str, Any]) -> dict[str, Layout]:
 
 
 def _permuting(heads: int, first: int = 0) -> Layout:
-    return Layout(lambda ours: [permuted(ours, heads, first)],
-                  lambda theirs: permuted(theirs[0], heads, first, back=True))
+    def join(theirs: Sequence[Tensor]) -> Tensor:
+        return permuted(theirs[0], heads, first, back=True)
+
+    return Layout(lambda ours: [permuted(ours, heads, first)], join, join)
 
 
 def permuted(tensor: Tensor, heads: int, first: int = 0, back: bool = False) -> Tensor:

@@ -1,21 +1,26 @@
 """Mixture-of-experts layers: routers, experts, and the balance of their load."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Product = Callable[[Tensor], Tensor]
 
-def routed(x_ND: Tensor, chosen_Nk: Tensor, weight_Nk: Tensor, gate_up_EFD: Tensor,
-           down_EDF: Tensor, weigh_input: bool = False) -> Tensor:
+
+def routed(x_ND: Tensor, chosen_Nk: Tensor, weight_Nk: Tensor,
+           gate_up_EFD: Tensor | nn.ModuleList, down_EDF: Tensor | nn.ModuleList,
+           weigh_input: bool = False) -> Tensor:
     """Sum over each token's k chosen experts of weight * expert(x), or of expert(weight * x) with
     `weigh_input`; an expert is down(silu(gate(x)) * up(x)). [N, D]
 
     `chosen_Nk` are int64 indices of experts. `gate_up_EFD` [E, 2F, D] holds gates above ups,
-    `down_EDF` is [E, D, F]; views will do. Tokens are sorted by expert, one block for each.
+    `down_EDF` is [E, D, F]; views will do. Where the engine packed them, they are lists of E
+    modules, each the product with its matrix. Tokens are sorted by expert, one block for each.
     """
     N, k = chosen_Nk.shape
     expert_M, order_M = chosen_Nk.flatten().sort(stable=True)
@@ -26,23 +31,34 @@ def routed(x_ND: Tensor, chosen_Nk: Tensor, weight_Nk: Tensor, gate_up_EFD: Tens
         x_MD = x_MD * weight_M1
     numbers_E = torch.arange(len(gate_up_EFD), device=x_ND.device)
     end_E = torch.searchsorted(expert_M, numbers_E, right=True)  # where each expert's block ends
-    product = _grouped if _can_group(x_MD, down_EDF) else _loop
-    out_MD = product(x_MD, end_E, gate_up_EFD, down_EDF)
+    if isinstance(gate_up_EFD, nn.ModuleList) or isinstance(down_EDF, nn.ModuleList):
+        out_MD = _loop(x_MD, end_E, _products(gate_up_EFD), _products(down_EDF))
+    elif _can_group(x_MD, down_EDF):
+        out_MD = _grouped(x_MD, end_E, gate_up_EFD, down_EDF)
+    else:
+        out_MD = _loop(x_MD, end_E, _products(gate_up_EFD), _products(down_EDF))
     if not weigh_input:
         out_MD = out_MD * weight_M1
     return out_MD[order_M.argsort()].view(N, k, x_ND.shape[1]).sum(1)
 
 
-def _loop(x_MD: Tensor, end_E: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor) -> Tensor:
-    """One expert after the other, each on its block of tokens."""
+def _products(matrices_E: Tensor | nn.ModuleList) -> list[Product]:
+    """The product with each expert's matrix."""
+    if isinstance(matrices_E, nn.ModuleList):
+        return [*matrices_E]
     # Not by indexing, whose backward pass would add up a whole stack for each expert.
+    return [partial(F.linear, weight=matrix) for matrix in matrices_E.unbind()]
+
+
+def _loop(x_MD: Tensor, end_E: Tensor, gate_up_E: Iterable[Product], down_E: Iterable[Product]
+          ) -> Tensor:
+    """One expert after the other, each on its block of tokens."""
     blocks = x_MD.split([end - begin for begin, end in pairwise([0, *end_E.tolist()])])
     out = []
-    for block_mD, gate_up_FD, down_DF in zip(blocks, gate_up_EFD.unbind(), down_EDF.unbind(),
-                                             strict=True):
+    for block_mD, gate_up, down in zip(blocks, gate_up_E, down_E, strict=True):
         if len(block_mD):
-            gate, up = F.linear(block_mD, gate_up_FD).chunk(2, dim=-1)
-            out.append(F.linear(F.silu(gate) * up, down_DF))
+            gate_mF, up_mF = gate_up(block_mD).chunk(2, dim=-1)
+            out.append(down(F.silu(gate_mF) * up_mF))
     return torch.cat(out) if out else x_MD
 
 
@@ -89,7 +105,7 @@ class Experts(nn.Module):
 
     def forward(self, x_ND: Tensor, chosen_Nk: Tensor, weight_Nk: Tensor,
                 weigh_input: bool = False) -> Tensor:
-        gate_up, down = (w.transpose(1, 2) if self.transposed else w
+        gate_up, down = (w.transpose(1, 2) if self.transposed and isinstance(w, Tensor) else w
                          for w in (self.gate_up_proj, self.down_proj))
         return routed(x_ND, chosen_Nk, weight_Nk, gate_up, down, weigh_input)
 
