@@ -70,7 +70,13 @@ class Checkpoint:
             return self.origin.stored
         self.origin.check()
         held: Any = named_tensors(self.network) | self.origin.passthrough
-        return ChainMap(held, cast(Any, self.origin.stored)) if self.origin.stored else held
+        return ChainMap(held, cast(Any, self.origin.stored)) if self._is_packed else held
+
+    @property
+    def _is_packed(self) -> bool:
+        """Whether matrices are packed: a network that was read onto the meta device has `stored`
+        too, even once training has filled it."""
+        return bool(self.origin and self.origin.stored and not self.origin.stream)
 
     @property
     def digest(self) -> str:
@@ -104,7 +110,7 @@ class Checkpoint:
         origin = self.origin
         if tensors is None:
             found = self.tensors()
-            if origin and found is not origin.stored and origin.stored:
+            if self._is_packed:
                 raise VicugnaError("its matrices are packed for inference", str(folder),
                                    "Load it with weights='float', or convert its file")
             tensors = cast(Mapping[str, Tensor], found)
