@@ -33,6 +33,8 @@ class PagedRows:
                ) -> list[Tensor]:
         """Logits [n, V] of the new tokens [n] of each row."""
         batch = [(one, new) for one, new in zip(self.sequences, tokens, strict=True) if len(new)]
+        if not batch:
+            return [torch.empty(0, self.network.config.vocab_size) for _ in tokens]
         for sequence, new in batch:
             assert self.blocks.reserve(sequence, sequence.computed + len(new))
         for number, source, target in self.blocks.copies:

@@ -110,7 +110,7 @@ def test_bad_settings_and_models_are_one_line_errors(tmp_path: Path, folder: Pat
         assert expected in str(done.exception) and "\n" not in str(done.exception)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe\n"), "utf-8"))
     with pytest.raises(VicugnaError, match="UTF-8"):
-        chat(str(folder), None, "", 1, 0.0, 1.0, 0, 0, None, "float32", "cpu", False)
+        chat(str(folder), None, "", 1, 0.0, 1.0, 0, 0, None, "float32", "auto", "cpu", False)
 
 
 @pytest.fixture
