@@ -20,7 +20,7 @@ from every import EVERY, save
 from vicugna import models, tokenizer
 from vicugna.checkpoint.hf import weights
 
-SECONDS = 1.0  # of this process's work on one folder
+SECONDS = 4.0  # of CPU time on one folder: a quarter of that on a quiet machine
 MEMORY = 300 * 2**20  # bytes that it may take beyond what it has when all is imported
 OPEN = """
 import json, resource, sys, time
