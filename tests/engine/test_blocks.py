@@ -63,7 +63,7 @@ class Machine(RuleBasedStateMachine):
             sequence.computed += n
             self.blocks.commit(sequence)
         for sequence, _ in batch:
-            if sequence.unread == 0:
+            if sequence.uncomputed == 0:
                 for own in [sequence, *self.scheduler.fork(sequence)]:
                     self.push(own, (token + own.id) % 3)
 

@@ -23,7 +23,7 @@ def step(of):
     for sequence, n in batch:
         sequence.computed += n
         of.blocks.commit(sequence)
-        if sequence.unread == 0:
+        if sequence.uncomputed == 0:
             for own in [sequence, *of.fork(sequence)]:
                 own.tokens.append(9)
     return {sequence.id: n for sequence, n in batch}
@@ -37,7 +37,7 @@ def test_a_long_prompt_does_not_freeze_short_ones():
     assert step(of) == {1: 1, 2: 43, 3: 20}  # the short one is read at once
     for _ in range(5):
         assert step(of) == {1: 1, 2: 62, 3: 1}
-    assert (chat.unread, late.unread) == (1, 1) and long.unread > 600
+    assert (chat.uncomputed, late.uncomputed) == (1, 1) and long.uncomputed > 600
 
 
 def test_short_prompts_do_not_starve_a_long_one():
@@ -52,7 +52,7 @@ def test_equal_prompts_are_read_once():
     of = scheduler()
     copies = [add(of, id, 100, token=5) for id in (1, 2, 3)]
     assert step(of) == {1: 64} and step(of) == {1: 36}
-    assert [one.unread for one in copies] == [1, 1, 1]
+    assert [one.uncomputed for one in copies] == [1, 1, 1]
     assert step(of) == {1: 1, 2: 1, 3: 1}
 
 

@@ -43,9 +43,9 @@ class Pool:
             return position // self.span.chunk * self.span.chunk // BLOCK
         return 0 if self.span.window is None else max(0, position - self.span.window + 1) // BLOCK
 
-    def take(self) -> int:
-        """A block for one owner. Those never used come last but for those of known prefixes, of
-        which the least recently used is forgotten."""
+    def allocate(self) -> int:
+        """A block for one owner: a free one, then one never used, then a cached prefix's that no
+        sequence holds, evicted least recently used first."""
         if self._free:
             block = self._free.pop()
         elif self._fresh < self.blocks:
@@ -61,7 +61,7 @@ class Pool:
         self.references[block] = self.references.get(block, 0) + 1
         self._idle.pop(block, None)
 
-    def give_back(self, block: int) -> None:
+    def free(self, block: int) -> None:
         """One owner less."""
         self.references[block] -= 1
         if not self.references[block]:
@@ -71,27 +71,27 @@ class Pool:
             else:
                 self._free.append(block)
 
-    def remember(self, block: int, digest: bytes) -> None:
+    def register(self, block: int, digest: bytes) -> None:
         """The block is full, with the prefix that `digest` names."""
         if digest not in self._known and block not in self._digest:
             self._known[digest], self._digest[block] = block, digest
 
-    def known(self, digest: bytes) -> int | None:
+    def lookup(self, digest: bytes) -> int | None:
         """The block that ends the prefix of this digest."""
         return self._known.get(digest)
 
     def extend(self, slot: int, begin: int, end: int) -> None:
         """Take blocks `begin` to `end` - 1 of the sequence in `slot`."""
         first = int(self.first[slot])
-        self.table[slot, begin - first : end - first] = [self.take() for _ in range(begin, end)]
+        self.table[slot, begin - first : end - first] = [self.allocate() for _ in range(begin, end)]
 
     def trim(self, slot: int, first: int, end: int) -> None:
         """Give back the blocks before the sequence's block `first`; it has had `end`."""
         old = int(self.first[slot])
         if (gone := min(first, end) - old) > 0:
             row, held = self.table[slot], end - old
-            for block in reversed(row[:gone].tolist()):  # of a prefix, the end is forgotten first
-                self.give_back(block)
+            for block in reversed(row[:gone].tolist()):  # a prefix is evicted from its end
+                self.free(block)
             row[: held - gone] = row[gone:held].copy()
             row[held - gone : held] = 0
             self.first[slot] = old + gone
@@ -121,7 +121,7 @@ class BlockManager:
         """Sequences that may be admitted."""
         return len(self._slots)
 
-    def room(self, length: int, spare: int) -> bool:
+    def fits(self, length: int, spare: int) -> bool:
         """Whether a sequence of `length` could be held, leaving `spare` blocks of each kind."""
         return all(pool.available >= min(-(-length // BLOCK), pool.table.shape[1]) + spare
                    for pool in self.pools)
@@ -135,7 +135,7 @@ class BlockManager:
         found, runs = 0, [0] * len(self.pools)  # runs: known blocks in a row, up to this one
         for end in range(1, (len(sequence.tokens) - 1) // BLOCK + 1):
             digest = self._digest_of(sequence, end - 1)
-            runs = [0 if pool.known(digest) is None else run + 1
+            runs = [0 if pool.lookup(digest) is None else run + 1
                     for pool, run in zip(self.pools, runs, strict=True)]
             starts = [end - pool.first_block(end * BLOCK) for pool in self.pools]
             if all(run >= start for run, start in zip(runs, starts, strict=True)):
@@ -147,7 +147,7 @@ class BlockManager:
             first = pool.first_block(found * BLOCK)
             pool.first[slot] = first
             for n, digest in enumerate(sequence.digests[first:found]):
-                block = pool.known(digest)
+                block = pool.lookup(digest)
                 assert block is not None
                 pool.share(block)
                 pool.table[slot, n] = block
@@ -169,9 +169,9 @@ class BlockManager:
                 return False
             shared += [(number, pool, place)] if copied else []
         for number, pool, place in shared:
-            old, own = int(pool.table[slot, place]), pool.take()
+            old, own = int(pool.table[slot, place]), pool.allocate()
             pool.table[slot, place] = own
-            pool.give_back(old)
+            pool.free(old)
             self.copies.append((number, old, own))
         for pool in self.pools:
             pool.extend(slot, sequence.end, sequence.end + new)
@@ -188,8 +188,8 @@ class BlockManager:
         for index in range(sequence.complete, full) if self.prefix_cache else ():
             digest = self._digest_of(sequence, index)
             for pool in self.pools:
-                pool.remember(int(pool.table[sequence.slot, index - pool.first[sequence.slot]]),
-                              digest)
+                place = sequence.slot, index - pool.first[sequence.slot]
+                pool.register(int(pool.table[place]), digest)
         sequence.complete = full
         for pool in self.pools:
             pool.trim(sequence.slot, pool.first_block(sequence.computed), sequence.end)
@@ -212,7 +212,7 @@ class BlockManager:
         for pool in self.pools:
             pool.clear(sequence.slot, sequence.end)
         self._slots.append(sequence.slot)
-        sequence.forget()
+        sequence.reset()
 
     def _digest_of(self, sequence: Sequence, index: int) -> bytes:
         """The digest of block `index`, which must be full: of its tokens, of the tiles that its

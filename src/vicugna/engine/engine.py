@@ -23,7 +23,7 @@ class Engine:
     `memory` bounds the cache, bytes (None: half of what is free); of that it takes what `tokens`
     tokens in all sequences need (None: as many as fit), at most `slots` sequences at once. A step
     computes at most `token_budget` tokens, or one of each running sequence: fewer make shorter
-    steps, so that those who decode wait less while prompts are read. Raises VicugnaError for too
+    steps, so that decodes wait less for prefills. Raises VicugnaError for too
     little memory.
     """
 
@@ -84,7 +84,7 @@ class Engine:
         hidden_RD = self.runner.run(batch)
         rows, sequences = [], list[Sequence]()
         for row, (sequence, _) in enumerate(batch):
-            if sequence.unread == 0:
+            if sequence.uncomputed == 0:
                 own = [sequence, *self.scheduler.fork(sequence)]
                 sequences += own
                 rows += [row] * len(own)

@@ -39,7 +39,7 @@ def generate(network: nn.Module, tokenizer: Tokenizer | None, prompts: list[list
     and the engine's slots allow, the others as soon as one has ended.
 
     `images` are the tiles [N, 3, H, W] of each prompt's images, or None for a prompt without any.
-    Equal prompts, with the very same images, are read once. With one `sampling` for all,
+    Equal prompts, with the very same images, are prefilled once. With one `sampling` for all,
     copies of a prompt get random streams of their own (seed and number of the copy); with a list,
     a row's stream is its seed's alone.
     Without a tokenizer there are no end tokens, no stop strings and no text.

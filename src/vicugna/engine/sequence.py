@@ -28,7 +28,7 @@ class Request:
 
     @property
     def prefix(self) -> Prefix:
-        """What equal prompts have in common: those are read once."""
+        """What equal prompts have in common: those are prefilled once."""
         return self.prompt, id(self.images), self.key
 
 
@@ -46,7 +46,7 @@ class Output:
 
 class Sequence:
     """A request's tokens so far. The keys of the first `computed` of them are in the cache; a
-    sequence whose last token alone is not is decoding, and otherwise it is being read (prefill)."""
+    sequence whose last token alone is not is decoding, otherwise it is in prefill."""
 
     def __init__(self, id: int, request: Request, capacity: int) -> None:
         self.id, self.request, self.sampling = id, request, request.sampling
@@ -57,9 +57,9 @@ class Sequence:
         self.tiles: dict[int, bytes] = {}  # of the position of an image token, its tile's digest
         self.followers: list[Sequence] = []  # equal prompts that wait for this one to be read
         self.digests: list[bytes] = []  # of its full blocks, each chained to the one before
-        self.forget()
+        self.reset()
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Nothing of it is in the cache any more."""
         self.slot = -1  # its row of the block tables while it runs
         self.computed = 0
@@ -68,6 +68,6 @@ class Sequence:
         self.complete = 0  # blocks that are full and may be shared by digest
 
     @property
-    def unread(self) -> int:
-        """Tokens that are still to be computed: one while it decodes."""
+    def uncomputed(self) -> int:
+        """Tokens whose keys are not in the cache: one while it decodes, more during prefill."""
         return len(self.tokens) - self.computed

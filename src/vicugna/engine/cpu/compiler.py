@@ -1,7 +1,7 @@
 """Compilation of kernels by numba, kept for later processes in the user's cache folder.
 
 A kernel is written as a function of addresses and sizes (int64). An *operation* is a kernel that a
-program (program.py) calls by its address, with its operands, on every thread.
+program (threads.py) calls by its address, with its operands, on every thread.
 """
 
 import hashlib
@@ -54,7 +54,7 @@ def template(define: Callable[..., Any]) -> Any:
     count = len(inspect.signature(define).parameters)
 
     def call(*args: Any) -> Any:
-        raise NotImplementedError("only kernels call it")
+        raise TypeError("a template is called in kernels only, not from Python")
 
     @overload(call, prefer_literal=True)
     def _typed(*args):  # type: ignore[no-untyped-def]  # numba compares annotations too

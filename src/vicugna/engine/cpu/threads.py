@@ -189,11 +189,11 @@ def run(program: np.ndarray) -> None:
         _pools[threads].run(program)
 
 
-def _forget() -> None:
+def _reset() -> None:
     """A forked process has none of the threads."""
     global _lock
     _pools.clear()
     _lock = threading.Lock()
 
 
-os.register_at_fork(after_in_child=_forget)
+os.register_at_fork(after_in_child=_reset)
