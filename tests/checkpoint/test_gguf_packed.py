@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import vicugna
 from vicugna import checkpoint
 from vicugna.checkpoint.convert import convert
+from vicugna.checkpoint.stored import BLOCKS
 from vicugna.engine import weights
 from vicugna.engine.cpu import linear
 from vicugna.engine.packed import PackedEmbedding, PackedLinear
@@ -76,7 +77,7 @@ def test_packed_matrices_hold_the_values_of_the_file(tmp_path, name, dtype):
     assert packed_modules(packed)
 
 
-@pytest.mark.parametrize("kind", weights.BLOCKS)
+@pytest.mark.parametrize("kind", BLOCKS)
 def test_every_kind_of_blocks(tmp_path, kind):
     path = of_blocks(tmp_path, kind)
     packed, plain = weights.read(path).network, checkpoint.read(path).network

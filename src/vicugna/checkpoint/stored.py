@@ -20,10 +20,9 @@ from torch import Tensor
 from vicugna.errors import VicugnaError
 
 FP8 = torch.float8_e4m3fn
-# GGML's types whose blocks are read: values and bytes of a block, and where in it its float16
-# factors are.
-BLOCKS = {"q4_0": (32, 18, (0,)), "q4_1": (32, 20, (0, 2)), "q8_0": (32, 34, (0,)),
-          "q4_k": (256, 144, (0, 2)), "q5_k": (256, 176, (0, 2)), "q6_k": (256, 210, (208,))}
+# GGML's types whose blocks are read: bytes of a block, and where in it its float16 factors are.
+BLOCKS = {"q4_0": (18, (0,)), "q4_1": (20, (0, 2)), "q8_0": (34, (0,)),
+          "q4_k": (144, (0, 2)), "q5_k": (176, (0, 2)), "q6_k": (210, (208,))}
 
 
 @dataclass(frozen=True)
@@ -244,7 +243,7 @@ def _check(tensor: Tensor, source: Tensor, stored: Stored) -> None:
 
 def _check_factors(kind: str, rows: Tensor, stored: Stored) -> None:
     """Raise VicugnaError unless the factors of all blocks are finite, and with them all values."""
-    _, size, places = BLOCKS[kind]
+    size, places = BLOCKS[kind]
     for at in places:
         high = rows.reshape(-1, size)[:, at + 1]  # the sign and exponent of a little-endian float16
         if bad := int(((high & 0x7C) == 0x7C).sum()):

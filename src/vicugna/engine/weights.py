@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from vicugna import checkpoint
 from vicugna.checkpoint.state_dict import Parts, ties
-from vicugna.checkpoint.stored import BLOCKS, Mapped, Stored
+from vicugna.checkpoint.stored import Mapped, Stored
 from vicugna.dtypes import name_of
 from vicugna.engine import cpu
+from vicugna.engine.cpu.formats import FORMATS
 from vicugna.errors import VicugnaError, did_you_mean
 from vicugna.models.layers.moe import Experts
 
@@ -98,7 +99,7 @@ def _kind(module: nn.Module, like: Tensor, name: str, made_of: Sequence[Stored],
         return kind, "as the file has it" if kind else "no blocks of a type with kernels"
     outer = isinstance(module, nn.Embedding) or name.endswith("lm_head.weight")
     kind = KINDS[weights][outer]
-    if _width(module, like) % BLOCKS.get(kind, (1,))[0]:
+    if _width(module, like) % FORMATS[kind].columns:
         return None, f"rows of {_width(module, like):,} values do not fill blocks"
     return kind, "asked for"
 
@@ -113,11 +114,10 @@ def _choice(parts: Parts, name: str, kind: str | None, why: str, dtype: torch.dt
     made_of, like = parts.made_of[name], parts.state[name]
     first = made_of[0]
     stored = first.quantised.kind if first.quantised else name_of(first.dtype)
-    if kind in BLOCKS:
-        values, size, _ = BLOCKS[kind]
-        return Choice(stored, kind, True, why, like.numel() // values * size)
     if kind is not None:
-        return Choice(stored, kind, True, why, like.numel() * 2)
+        form = FORMATS[kind]
+        size = form.bits // 8 if form.is_float else form.block_bytes
+        return Choice(stored, kind, True, why, like.numel() // form.columns * size)
     to = like.dtype if name in parts.buffers else dtype or first.kind
     return Choice(stored, name_of(to), False, why, like.numel() * to.itemsize)
 
@@ -190,7 +190,7 @@ def pack_network(network: nn.Module, kind: str) -> nn.Module:
         if name in tied:
             continue
         weight = network.get_parameter(name).detach()
-        if _width(module, weight) % BLOCKS.get(kind, (1,))[0] == 0:
+        if _width(module, weight) % FORMATS[kind].columns == 0:
             made = [pack(matrix, kind) for matrix in _single(module, weight)]
             put(network, name, made, weight.dtype, tied)
     return network

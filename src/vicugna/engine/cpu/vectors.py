@@ -77,24 +77,6 @@ def store_f32(b: Any, address: Any, values: Any) -> None:
     llvm.write(b, address, values)
 
 
-@instruction(types.void, ADDRESS, FLOATS)
-def store_f16(b: Any, address: Any, values: Any) -> None:
-    """L float16 numbers, rounded to the nearest."""
-    llvm.write(b, address, b.fptrunc(values, llvm.lanes(F16)))
-
-
-@instruction(types.void, ADDRESS, FLOATS)
-def store_bf16(b: Any, address: Any, values: Any) -> None:
-    """L bfloat16 numbers, rounded to the nearest, halves to the even one."""
-    bits = b.bitcast(values, INTS.llvm)
-    odd = b.and_(b.lshr(bits, llvm.constant(INTS.llvm, 16)), llvm.constant(INTS.llvm, 1))
-    rounded = b.lshr(b.add(bits, b.add(odd, llvm.constant(INTS.llvm, 0x7FFF))),
-                     llvm.constant(INTS.llvm, 16))
-    nan = b.or_(b.lshr(bits, llvm.constant(INTS.llvm, 16)), llvm.constant(INTS.llvm, 0x40))
-    kept = b.select(b.fcmp_unordered("uno", values, values), nan, rounded)
-    llvm.write(b, address, b.trunc(kept, llvm.lanes(I16)))
-
-
 @instruction(INTS, ADDRESS, FLOATS)
 def store_s8(b: Any, address: Any, values: Any) -> Any:
     """L bytes, rounded to the nearest, halves to the even one; returns them."""
