@@ -25,7 +25,7 @@ from vicugna.engine.cpu import vectors as v
 from vicugna.engine.cpu.arena import ARENA
 from vicugna.engine.cpu.compiler import Operation
 from vicugna.engine.cpu.product import share
-from vicugna.engine.cpu.threads import program, run
+from vicugna.engine.cpu.threads import Instruction, program, run
 
 MEMORY = 256 << 20  # bytes read in a round
 DECODE = [(8192, 2048), (2048, 8192), (1536, 576)]  # N, K
@@ -65,7 +65,7 @@ def decode(kinds: list[str], rounds: int) -> dict[str, float]:
     memory = ARENA.allocate(MEMORY)
     memory[:] = 1
     out = torch.empty(64 * torch.get_num_threads())
-    roof = program((read, (memory.ctypes.data, MEMORY, out.data_ptr())))
+    roof = program([Instruction(read, (memory.ctypes.data, MEMORY, out.data_ptr()))])
     shares = {}
     print(f"{'one token':24}{'GB/s':>8}{'share':>8}")
     for N, K in DECODE:

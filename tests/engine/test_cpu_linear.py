@@ -104,15 +104,6 @@ def test_quantised_as_llama_cpp_does(kind: str) -> None:
     assert np.array_equal(linear.QUANTISERS[kind](weight), theirs)
 
 
-def test_slices_are_products_with_fewer_rows() -> None:
-    """An expert of a stack, or one of joined projections."""
-    packed, _ = packed_and_weights("q4_k", 64, 256, 0)
-    x = torch.randn(3, 256)
-    assert torch.equal(linear.matmul(x, packed.slice(16, 32)), linear.matmul(x, packed)[:, 16:48])
-    with pytest.raises(VicugnaError, match="multiples of 16"):
-        packed.slice(8, 16)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_results_have_the_dtype_of_activations(dtype: torch.dtype) -> None:
     packed, _ = packed_and_weights("bf16", 32, 64, 0)

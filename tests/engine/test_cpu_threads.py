@@ -2,13 +2,25 @@
 
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("numba")
 
-from vicugna.engine.cpu import linear
+from vicugna.engine.cpu import compiler, linear
+
+
+def test_kernels_are_named_after_what_they_are_compiled_from() -> None:
+    """The linker finds machine code by name, also that which other processes have compiled."""
+    def made(constant: int, inner: Any) -> Any:
+        return compiler.kernel(lambda x: inner(x) + constant)
+
+    one, two = made(1, abs), made(2, abs)
+    names = [kernel.py_func.__qualname__ for kernel in (
+        one, two, made(1, one), made(1, two), made(1, abs))]
+    assert len(set(names)) == 4 and names[0] == names[-1]
 
 
 @pytest.fixture(autouse=True)

@@ -114,7 +114,8 @@ def paged_attention(q_NHK: Tensor, keys: Tensor | None, values: Tensor, places: 
         v_GSU = values[table].transpose(0, 1).flatten(1, 2)[:, : length - low]
         k_GSK = v_GSU if keys is None else keys[table].permute(1, 0, 3, 2).flatten(1, 2)[
             :, : length - low]
-        out[begin:end] = _several(q_NHK[begin:end], k_GSK, v_GSU, low, places.span, scale)
+        out[begin:end] = _several(q_NHK[begin:end], k_GSK.to(q_NHK.dtype), v_GSU.to(q_NHK.dtype),
+                                  low, places.span, scale)
     return out
 
 

@@ -1,11 +1,12 @@
 """One step of the network over the tokens that the scheduler chose."""
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vicugna.engine import cpu
 from vicugna.engine.blocks import BlockManager
 from vicugna.engine.pages import Paged, Pages
 from vicugna.engine.scheduler import Batch
@@ -21,6 +22,10 @@ class Runner:
                  device: torch.device) -> None:
         self.network: Any = network
         self.blocks, self.pages, self.device = blocks, pages, device
+        self._step = None
+        if device.type == "cpu" and cpu.available():
+            from vicugna.engine.cpu.step import lower  # which needs numba
+            self._step = lower(self.network, pages)
 
     def run(self, batch: Batch) -> Tensor:
         """Compute the batch's tokens: the hidden states of each sequence's last one, [R, D]."""
@@ -33,15 +38,23 @@ class Runner:
                        self.device)
         tokens = [token for sequence, n in batch
                   for token in sequence.tokens[sequence.computed : sequence.computed + n]]
-        tokens_1N = torch.tensor([tokens], device=self.device)
-        positions_1N = torch.from_numpy(attend.positions_N[None]).to(self.device)
-        hidden_1ND = self.network(tokens_1N, positions_1N, attend, **self._images(batch))
+        hidden_ND = self._compute(
+            torch.tensor(tokens, device=self.device),
+            torch.from_numpy(attend.positions_N).to(self.device), attend, self._images(batch))
         for sequence, n in batch:
             sequence.computed += n
             self.blocks.commit(sequence)
         if len(tokens) == len(batch):
-            return hidden_1ND[0]
-        return hidden_1ND[0, torch.from_numpy(attend.last_R).to(self.device)]
+            return hidden_ND
+        return hidden_ND[torch.from_numpy(attend.last_R).to(self.device)]
+
+    def _compute(self, tokens_N: Tensor, positions_N: Tensor, attend: Paged,
+                 images: dict[str, Tensor]) -> Tensor:
+        """Final hidden states [N, D], by the fused step where the network has one."""
+        if self._step is None or images:
+            return cast(Tensor, self.network(tokens_N[None], positions_N[None], attend,
+                                             **images)[0])
+        return self._step(self.network.model.embed_tokens(tokens_N), positions_N, attend)
 
     def _images(self, batch: Batch) -> dict[str, Tensor]:
         """The features of the image tokens of a step, in order, and which tokens those are."""

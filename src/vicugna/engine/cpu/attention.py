@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vicugna.engine.cpu import vectors as v
 from vicugna.engine.cpu.compiler import Operation, kernel, not_inlined, procedure, template
-from vicugna.engine.cpu.threads import program, run
+from vicugna.engine.cpu.threads import Instruction, program, run
 
 L = v.L
 BLOCK = 16  # keys of a page
@@ -41,19 +41,40 @@ def paged(q_NHK: Tensor, keys: Tensor | None, values: Tensor, query_start: np.nd
     """
     N, H, K = q_NHK.shape
     G, U = values.shape[1], values.shape[3]
-    q, threads = q_NHK.detach().float().contiguous(), torch.get_num_threads()
-    out = torch.empty(N, H, U)
-    size = 4 * ROWS * (K + SEGMENT + ROW // 4)
-    scratch = np.empty(threads * size, np.uint8)
-    starts, lengths, first_block = (np.ascontiguousarray(x, np.int64)
-                                    for x in (query_start, lengths, first_block))
-    tables = np.ascontiguousarray(tables, np.int32)
-    run(program((attend(DTYPES[values.dtype], keys is None), (
-        q.data_ptr(), 0 if keys is None else keys.data_ptr(), values.data_ptr(),
-        starts.ctypes.data, lengths.ctypes.data, tables.ctypes.data, tables.shape[1],
-        first_block.ctypes.data, len(lengths), H, G, K, U, window or 0, chunk or 0, out.data_ptr(),
-        scratch.ctypes.data, size, int(np.float32(scale).view(np.int32))))))
+    q, out = q_NHK.detach().float().contiguous(), torch.empty(N, H, U)
+    scratch, where = scratch_of(K), Where(query_start, lengths, tables, first_block)
+    run(program([Instruction(attend(DTYPES[values.dtype], keys is None), (
+        q.data_ptr(), 4 * H * K, 0 if keys is None else keys.data_ptr(), values.data_ptr(),
+        where.address, H, G, K, U, window or 0, chunk or 0, out.data_ptr(), scratch.ctypes.data,
+        scratch.strides[0], bits(scale)))]))
     return out.to(q_NHK.dtype)
+
+
+class Where:
+    """What operations read of a step, int64 at `address`: the addresses of the arrays that `paged`
+    takes, the width of a table, the number of sequences, and the addresses of each new token's
+    block and offset there (int64), for `operations.rotate`."""
+
+    def __init__(self, query_start: np.ndarray, lengths: np.ndarray, tables: np.ndarray,
+                 first_block: np.ndarray, *new: Tensor) -> None:
+        starts, lengths, first = (np.ascontiguousarray(x, np.int64)
+                                  for x in (query_start, lengths, first_block))
+        tables = np.ascontiguousarray(tables, np.int32)
+        arrays = starts, lengths, tables, first
+        self.operands = np.array([*(x.ctypes.data for x in arrays), tables.shape[1], len(lengths),
+                                  *(x.data_ptr() for x in new)])
+        self._kept = *arrays, new
+        self.address = int(self.operands.ctypes.data)
+
+
+def scratch_of(K: int) -> np.ndarray:
+    """Memory for the threads of `attend`, uint8 [threads, bytes]."""
+    return np.empty((torch.get_num_threads(), 4 * ROWS * (K + SEGMENT + ROW // 4)), np.uint8)
+
+
+def bits(number: float) -> int:
+    """A float32 number as an operand."""
+    return int(np.float32(number).view(np.int32))
 
 
 def takes(keys: Tensor | None, values: Tensor) -> bool:
@@ -64,13 +85,15 @@ def takes(keys: Tensor | None, values: Tensor) -> bool:
 
 @cache
 def attend(dtype: int, shared: bool) -> Operation:
-    """Operands: those of `paged`, sizes, out, scratch of each thread and its size, scale's bits."""
+    """Operands: queries, bytes of a token's, keys, values, a `Where`, sizes, window, chunk, out,
+    scratch of each thread and its size, scale's bits."""
     is_shared = int(shared)
 
     @Operation
     def run(operands: int, thread: int, threads: int) -> None:
-        (q, keys, values, starts, lengths, tables, table_row, firsts, R, H, G, K, U, window, chunk,
-         out, scratch, scratch_size, scale_bits) = v.unpack(operands, 19)
+        (q, q_row, keys, values, where, H, G, K, U, window, chunk, out, scratch, scratch_size,
+         scale_bits) = v.unpack(operands, 15)
+        starts, lengths, tables, firsts, table_row, R = v.unpack(where, 6)
         scale = v.as_float(scale_bits)
         heads = H // G
         scratch += thread * scratch_size
@@ -86,8 +109,8 @@ def attend(dtype: int, shared: bool) -> Operation:
                 while i < rows:
                     T = ROWS if rows - i > 1 else 1
                     if unit % threads == thread:
-                        there = (q + (begin * H + g * heads) * K * 4, heads, H, i, rows, before,
-                                 window, chunk)
+                        there = (q + begin * q_row + g * heads * K * 4, q_row, heads, H, i, rows,
+                                 before, window, chunk)
                         result = out + (begin * H + g * heads) * U * 4
                         if T == ROWS:
                             tile(dtype, is_shared, ROWS, there, keys, values, table, g, G, K, U,
@@ -115,8 +138,9 @@ START, LAST, MAXIMUM, SUM, OLD, NEW, ROW = 0, 8, 16, 20, 24, 28, 32
 
 @template
 def tile(dtype: int, shared: int, T: int) -> Any:
-    """T rows of one key head. `there` says which: the address of queries, heads that share the
-    keys, all heads, the first row, their number, position of the first query, window and chunk."""
+    """T rows of one key head. `there` says which: the address of queries, bytes of a token's, heads
+    that share the keys, all heads, the first row, their number, position of the first query, window
+    and chunk."""
     size = 4 if dtype == 0 else 2
     V = v.SET.registers // 8  # vectors of values at once
 
@@ -124,7 +148,7 @@ def tile(dtype: int, shared: int, T: int) -> Any:
     def run(there: tuple[int, ...], keys: int, values: int, table: int, g: int, G: int, K: int,
             U: int, scale: float, out: int, scratch: int) -> None:
         not_inlined()
-        q, heads, H, i, rows, before, window, chunk = there
+        q, q_row, heads, H, i, rows, before, window, chunk = there
         scores = scratch + T * K * 4
         state = scores + T * SEGMENT * 4
         low, high = 1 << 62, 0
@@ -142,7 +166,7 @@ def tile(dtype: int, shared: int, T: int) -> Any:
             low, high = min(low, start), max(high, last)
             for k in range(K):  # [K][T]; where values are keys, [T][K]
                 at = scratch + (t * K + k if shared else k * T + t) * 4
-                v.write_f32(at, v.read_f32(q + ((token * H + head) * K + k) * 4) * scale)
+                v.write_f32(at, v.read_f32(q + token * q_row + (head * K + k) * 4) * scale)
             for u in range(0, U, L):
                 v.store_f32(out + ((token * H + head) * U + u) * 4, v.splat(f32(0)))
         for origin in range(low // SEGMENT * SEGMENT, high + 1, SEGMENT):
@@ -257,7 +281,7 @@ def add_values(dtype: int, T: int, V: int) -> Any:
 
     def run(there: tuple[int, ...], values: int, table: int, g: int, G: int, U: int, u: int,
             scores: int, state: int, origin: int, start: int, end: int, out: int) -> None:
-        _, heads, H, i, rows, _, _, _ = there
+        _, _, heads, H, i, rows, _, _, _ = there
         total, value = v.floats(count), v.floats(V)
         for b in range(start // BLOCK, (end - 1) // BLOCK + 1):
             page = values + ((v.read_i32(table + 4 * b) * G + g) * BLOCK * U + u) * size

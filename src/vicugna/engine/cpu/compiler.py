@@ -28,12 +28,26 @@ SIGNATURE = types.void(types.int64, types.int64, types.int64)  # operands, threa
 
 def kernel(function: Callable[..., Any]) -> Any:
     """Decorator: a function that other kernels call, compiled into each of them."""
-    return numba.njit(forceinline=True, **OPTIONS)(function)
+    return numba.njit(forceinline=True, **OPTIONS)(_named(function))
+
+
+def _named(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Name a function after all that it is compiled from. Numba names machine code after the
+    function and a number that it counts in each process: of two closures of one factory, cached by
+    two processes, the linker could otherwise call one in place of the other."""
+    inner = inspect.getclosurevars(function).nonlocals
+    parts = [function.__code__.co_code, *(
+        getattr(x, "py_func", x).__qualname__ if callable(x) else x
+        for x in (*function.__code__.co_consts, *function.__code__.co_names, *inner.values())
+        if not inspect.iscode(x))]
+    digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+    function.__qualname__ = f"{function.__qualname__}_{digest}"
+    return function
 
 
 def procedure(function: Callable[..., Any]) -> Any:
     """Decorator: a kernel that is not inlined, for large ones; it calls `not_inlined` itself."""
-    return numba.njit(**OPTIONS)(function)
+    return numba.njit(**OPTIONS)(_named(function))
 
 
 @intrinsic
@@ -63,7 +77,7 @@ def template(define: Callable[..., Any]) -> Any:
         implementation = define(*(constant.literal_value for constant in args[:count]))
         if inspect.isfunction(implementation):
             implementation = kernel(implementation)
-        return lambda *args: implementation(*args[count:])
+        return _named(lambda *args: implementation(*args[count:]))
 
     return call
 
@@ -74,7 +88,7 @@ class Operation:
     use, or read from the cache."""
 
     def __init__(self, function: Callable[[int, int, int], None]) -> None:
-        self._function = function
+        self._function = _named(function)
 
     @cached_property
     def address(self) -> int:
@@ -93,7 +107,7 @@ class Operation:
 
 def entry(function: Callable[..., Any]) -> Any:
     """Decorator: a kernel that Python calls, without the global interpreter lock."""
-    return _cached(lambda: numba.njit(cache=True, **OPTIONS)(function))
+    return _cached(lambda: numba.njit(cache=True, **OPTIONS)(_named(function)))
 
 
 def _cached(compile_: Callable[[], Any]) -> Any:

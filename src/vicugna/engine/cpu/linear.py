@@ -4,7 +4,8 @@ A row of the result has the same bits whatever the other rows are, and on every 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,9 +14,8 @@ from torch import Tensor
 
 from vicugna.engine.cpu import packing, product
 from vicugna.engine.cpu.arena import ARENA
-from vicugna.engine.cpu.compiler import Operation
-from vicugna.engine.cpu.formats import FORMATS, ROWS, Format
-from vicugna.engine.cpu.threads import program, run
+from vicugna.engine.cpu.formats import BY_NUMBER, FORMATS, ROWS, Format
+from vicugna.engine.cpu.threads import Instruction, program, run
 from vicugna.errors import VicugnaError, did_you_mean
 
 
@@ -40,16 +40,6 @@ class Packed:
     def blocks(self) -> int:
         """Of 16 rows; the last may have rows of zeros."""
         return -(-self.shape[0] // ROWS)
-
-    def slice(self, start: int, rows: int) -> "Packed":
-        """Some of its rows, in place: an expert of a stack, a part of joined projections. Both
-        numbers are multiples of 16. Raises VicugnaError if not."""
-        if start % ROWS or rows % ROWS:
-            raise VicugnaError(f"rows {start} to {start + rows} do not begin and end at multiples "
-                               f"of {ROWS}", self.kind, "Slice by whole blocks of rows")
-        codes, scales = (array.reshape(self.blocks, -1)[start // ROWS : (start + rows) // ROWS]
-                         .reshape(-1) for array in (self.codes, self.scales))
-        return replace(self, shape=(rows, self.shape[1]), codes=codes, scales=scales)
 
 
 def pack(weight_NK: Tensor, kind: str) -> Packed:
@@ -89,8 +79,8 @@ def from_gguf(kind: str, raw: np.ndarray, shape: tuple[int, int]) -> Packed:
         raise VicugnaError(f"{raw.nbytes} bytes are not {N} x {K} weights of {kind}", "weights",
                            "The file may be broken")
     packed = _empty(form, N, K)
-    run(program((packing.relay(form.number), (
-        _address(raw), N, K, _address(packed.codes), _address(packed.scales)))))
+    run(program([Instruction(packing.relay(form.number), (
+        address(raw), N, K, address(packed.codes), address(packed.scales)))]))
     return packed
 
 
@@ -103,22 +93,40 @@ def matmul(x_MK: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
     N, K = packed.shape
     if x_MK.shape[1] != K:
         raise VicugnaError(f"activations of width {x_MK.shape[1]}, weights of {K}", "matmul")
-    M, form, width = len(x_MK), packed.format, packed.blocks * ROWS
+    M, width = len(x_MK), packed.blocks * ROWS
     x = x_MK.detach().float().contiguous()
     y_MN = torch.empty(M, width)
     if bias is not None:
         bias = F.pad(bias.detach().float(), (0, width - N)).contiguous()
-    instructions: list[tuple[Operation, Sequence[int]]] = []
-    source = x.data_ptr()
-    if not form.is_float:
-        rows = torch.empty(M * product.row_bytes(form.number, K), dtype=torch.uint8)
-        instructions.append((product.quantise(form.number), (source, M, K, rows.data_ptr())))
-        source = rows.data_ptr()
-    instructions.append((product.product(form.number), (
-        source, M, K, _address(packed.codes), _address(packed.scales), packed.blocks,
-        y_MN.data_ptr(), 4 * width, 0 if bias is None else bias.data_ptr())))
-    run(program(*instructions))
+    rows = torch.empty(M * product.row_bytes(packed.format.number, K), dtype=torch.uint8)
+    run(program(products(x.data_ptr(), M, K, rows.data_ptr(), [
+        Target(packed, y_MN.data_ptr(), 4 * width, 0 if bias is None else bias.data_ptr())])))
     return y_MN[:, :N].to(x_MK.dtype)
+
+
+class Target(NamedTuple):
+    """A matrix, the address of a product with it, bytes of a row there, and of the bias or 0."""
+
+    packed: Packed
+    y: int
+    y_row: int
+    bias: int = 0
+
+
+def products(x: int, M: int, K: int, rows: int, targets: Sequence[Target]) -> list[Instruction]:
+    """Products of activations at x, float32 [M, K], with some matrices; at `rows` is memory for
+    `product.row_bytes` of each token. The last waits for what it needs of those before."""
+    made = []
+    for number in dict.fromkeys(target.packed.format.number for target in targets):
+        given = x
+        if not BY_NUMBER[number].is_float:
+            made.append(Instruction(product.quantise(number), (x, M, K, rows)))
+            given = rows
+        same = [target for target in targets if target.packed.format.number == number]
+        made += [Instruction(product.product(number), (
+            given, M, K, address(one.packed.codes), address(one.packed.scales), one.packed.blocks,
+            one.y, one.y_row, one.bias), wait=one is same[-1]) for one in same]
+    return made
 
 
 def rows(packed: Packed, numbers: Tensor) -> Tensor:
@@ -131,9 +139,9 @@ def rows(packed: Packed, numbers: Tensor) -> Tensor:
     if len(chosen) and not 0 <= int(chosen.min()) <= int(chosen.max()) < N:
         raise VicugnaError(f"row {int(chosen.max())} of {N}", "embedding")
     out = torch.empty(len(chosen), K)
-    run(program((packing.dequantise(packed.format.number), (
-        chosen.data_ptr(), len(chosen), K, _address(packed.codes), _address(packed.scales),
-        out.data_ptr()))))
+    run(program([Instruction(packing.dequantise(packed.format.number), (
+        chosen.data_ptr(), len(chosen), K, address(packed.codes), address(packed.scales),
+        out.data_ptr()))]))
     return out.view(*numbers.shape, K)
 
 
@@ -153,7 +161,8 @@ def _empty(form: Format, N: int, K: int) -> Packed:
     return Packed(form, (N, K), memory[:codes], memory[codes:])
 
 
-def _address(array: np.ndarray) -> int:
+def address(array: np.ndarray) -> int:
+    """Where its first number is."""
     return int(array.ctypes.data)
 
 

@@ -40,6 +40,17 @@ def share(count: int, thread: int, threads: int) -> tuple[int, int]:
 
 
 @kernel
+def part(M: int, count: int, thread: int, threads: int) -> tuple[int, int, int, int]:
+    """Of M tokens with `count` groups of columns each, the tokens and the groups that a thread
+    does, first and end: a share of the tokens, or where these are few a share of the groups."""
+    if threads <= M:
+        first, end = share(M, thread, threads)
+        return first, end, 0, count
+    first, end = share(count, thread, threads)
+    return 0, M, first, end
+
+
+@kernel
 def tile_tokens(left: int) -> int:
     """How many of `left` tokens the next tile takes."""
     tokens = MOST_TOKENS
@@ -69,24 +80,24 @@ def quantise(number: int) -> Operation:
     def run(operands: int, thread: int, threads: int) -> None:
         x, M, K, out = v.unpack(operands, 4)
         size = K + 4 * (K // 32) * (1 + halves)
+        first, end, group, last = part(M, K // 32, thread, threads)
         start = 0
-        while start < M:
+        while start < end:
             T = tile_tokens(M - start)
-            for t in range(T):
-                if (start + t) % threads == thread:
-                    _quantise_row(x + (start + t) * K * 4, K // 32, out + start * size, T, t,
-                                  offset, minima, halves)
+            for t in range(max(first - start, 0), min(end - start, T)):
+                _quantise_row(x + (start + t) * K * 4, K // 32, group, last, out + start * size, T,
+                              t, offset, minima, halves)
             start += T
 
     return run
 
 
 @kernel
-def _quantise_row(x: int, groups: int, out: int, T: int, t: int, offset: int, minima: bool,
-                  halves: int) -> None:
+def _quantise_row(x: int, groups: int, first: int, last: int, out: int, T: int, t: int, offset: int,
+                  minima: bool, halves: int) -> None:
     scales = out + T * groups * 32
     sides = scales + T * groups * 4
-    for g in range(groups):
+    for g in range(first, last):
         largest = v.splat(f32(0))
         for i in range(0, 32, L):
             largest = v.maximum(largest, v.magnitude(v.load_f32(x + (g * 32 + i) * 4)))

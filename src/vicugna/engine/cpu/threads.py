@@ -1,15 +1,15 @@
 """Programs, and the threads that run them together.
 
-A program is an int64 array [instructions, WIDTH]: the address of an operation (compiler.py) and its
-operands. Every thread executes every instruction, each its own part of the work, and waits for the
-others after it. Between programs threads spin for a moment, then sleep.
+A program is an int64 array [instructions, WIDTH]: the address of an operation (compiler.py), its
+operands, and last whether threads wait for each other after it. Every thread executes every
+instruction, each its own part of the work. Between programs threads spin for a moment, then sleep.
 """
 
 import ctypes
 import os
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -100,12 +100,13 @@ def _barrier(control: int, target: int) -> int:
 def _execute(control: int, program: int, count: int, thread: int, threads: int,
              before: int) -> int:
     """All instructions; how many barriers took long."""
-    slow = 0
+    slow, target = 0, before
     for i in range(count):
         row = program + i * WIDTH * 8
         call(v.read_i64(row), row + 8, thread, threads)
-        if threads > 1:
-            slow += _barrier(control, before + threads * (i + 1))
+        if threads > 1 and v.read_i64(row + (WIDTH - 1) * 8):
+            target += threads
+            slow += _barrier(control, target)
     return slow
 
 
@@ -168,11 +169,21 @@ class Pool:
             self._penalty = 0
 
 
-def program(*instructions: tuple[Operation, Sequence[int]]) -> np.ndarray:
-    """A program of these operations and their operands."""
+class Instruction(NamedTuple):
+    """An operation and its operands; `wait` says whether what follows needs all of its result, and
+    not only what the same thread made."""
+
+    operation: Operation
+    operands: Sequence[int]
+    wait: bool = True
+
+
+def program(instructions: Sequence[Instruction]) -> np.ndarray:
+    """A program of these instructions; after the last one threads always wait."""
     rows = np.zeros((len(instructions), WIDTH), np.int64)
-    for row, (operation, operands) in zip(rows, instructions, strict=True):
-        row[0], row[1 : 1 + len(operands)] = operation.address, operands
+    for row, (operation, operands, wait) in zip(rows, instructions, strict=True):
+        row[0], row[1 : 1 + len(operands)], row[-1] = operation.address, operands, wait
+    rows[-1, -1] = 1
     return rows
 
 

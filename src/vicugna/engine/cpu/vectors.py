@@ -119,6 +119,22 @@ def read_bf16(b: Any, address: Any) -> Any:
     return b.bitcast(b.shl(b.zext(llvm.read(b, address, I16, 2), I32), ir.Constant(I32, 16)), F32)
 
 
+@instruction(types.void, ADDRESS, types.float32)
+def write_f16(b: Any, address: Any, value: Any) -> None:
+    """One number, rounded to float16."""
+    llvm.write(b, address, b.fptrunc(value, F16), 2)
+
+
+@instruction(types.void, ADDRESS, types.float32)
+def write_bf16(b: Any, address: Any, value: Any) -> None:
+    """One number, rounded to bfloat16, halves to the even one."""
+    bits = b.bitcast(value, I32)
+    odd = b.and_(b.lshr(bits, ir.Constant(I32, 16)), ir.Constant(I32, 1))
+    rounded = b.lshr(b.add(bits, b.add(odd, ir.Constant(I32, 0x7FFF))), ir.Constant(I32, 16))
+    nan = b.fcmp_unordered("uno", value, value)
+    llvm.write(b, address, b.trunc(b.select(nan, ir.Constant(I32, 0x7FC0), rounded), I16), 2)
+
+
 @instruction(types.float32, types.int64)
 def as_float(b: Any, bits: Any) -> Any:
     """The float32 number of which an operand holds the bits."""

@@ -36,13 +36,14 @@ class Decoder(nn.Module):
 
     def from_embeddings(self, x_BTD: Tensor, positions_BT: Tensor, attend: Attend) -> Tensor:
         """As `forward`, from embeddings [B, T, D], some of which may be features of images."""
-        rotation = self._rotation(positions_BT, x_BTD.dtype)
+        rotation = self.rotation(positions_BT, x_BTD.dtype)
         for layer in self.layers:
             x_BTD = layer(x_BTD, positions_BT, rotation, attend)
         return self.norm(x_BTD)
 
-    def _rotation(self, positions_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """RoPE's frequencies are computed once a device; no buffer, so no checkpoint has them."""
+    def rotation(self, positions_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of RoPE at positions [B, T], each [B, T, 1, K/2]. Its frequencies are
+        computed once a device; no buffer, so no checkpoint has them."""
         c, device = self.config, positions_BT.device
         scaling = getattr(c, "rope_scaling", None)
         if self._inverse is None or self._inverse.device != device:
