@@ -85,15 +85,12 @@ def vicugna_(path: str, threads: int) -> Ask:
 
 
 def llama_cpp(path: str, threads: int) -> Ask:
-    import ctypes
-
     import llama_cpp as api
     import numpy as np
 
     imported()
     api.llama_backend_init()
-    silent = api.llama_log_callback(lambda level, text, data: None)
-    api.llama_log_set(silent, ctypes.c_void_p(0))
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # its log
     model = api.llama_model_load_from_file(path.encode(), api.llama_model_default_params())
     V = api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
 

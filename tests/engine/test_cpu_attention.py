@@ -11,7 +11,7 @@ pytest.importorskip("numba")
 
 from vicugna.engine.cpu import attention
 
-WIDTHS = {"separate": (6, 2, 32, 48), "shared": (4, 1, 48, 48)}  # H, G, K, U
+WIDTHS = {"separate": (6, 2, 48, 64), "shared": (4, 1, 96, 96)}  # H, G, K, U
 
 
 class Case:

@@ -34,7 +34,8 @@ class Places:
     lengths     [R] keys of each sequence, those of this step included
     first       [R] blocks of each that have been given back
     tables      [R, most] its other blocks
-    blocks_N, offsets_N, slots_N   of each token: its block, its place there, and 16 * block + place
+    block_N, offset_N   of each token: its block and its place there, int64; as tensors on the
+                device `blocks_N`, `offsets_N`, and 16 * block + place is `slots_N`
     """
 
     def __init__(self, span: Span, table: np.ndarray, first_R: np.ndarray, slots_R: np.ndarray,
@@ -45,10 +46,19 @@ class Places:
         self.row_N, self.positions_N = row_N, positions_N
         most = int((-(-lengths_R // BLOCK) - first_R).max())
         self.tables = table[slots_R, :most]
-        blocks_N, offsets_N = self._of(row_N, positions_N)
-        self.blocks_N, self.offsets_N, self.slots_N = (
-            torch.from_numpy(x).to(device)
-            for x in (blocks_N, offsets_N, blocks_N * BLOCK + offsets_N))
+        self.block_N, self.offset_N = self._of(row_N, positions_N)
+
+    @cached_property
+    def blocks_N(self) -> Tensor:
+        return torch.from_numpy(self.block_N).to(self.device)
+
+    @cached_property
+    def offsets_N(self) -> Tensor:
+        return torch.from_numpy(self.offset_N).to(self.device)
+
+    @cached_property
+    def slots_N(self) -> Tensor:
+        return torch.from_numpy(self.block_N * BLOCK + self.offset_N).to(self.device)
 
     def _of(self, row_N: np.ndarray, position_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Blocks and offsets of positions of the sequences `row_N`."""

@@ -38,9 +38,7 @@ class Runner:
                        self.device)
         tokens = [token for sequence, n in batch
                   for token in sequence.tokens[sequence.computed : sequence.computed + n]]
-        hidden_ND = self._compute(
-            torch.tensor(tokens, device=self.device),
-            torch.from_numpy(attend.positions_N).to(self.device), attend, self._images(batch))
+        hidden_ND = self._compute(np.array(tokens), attend, self._images(batch))
         for sequence, n in batch:
             sequence.computed += n
             self.blocks.commit(sequence)
@@ -48,13 +46,13 @@ class Runner:
             return hidden_ND
         return hidden_ND[torch.from_numpy(attend.last_R).to(self.device)]
 
-    def _compute(self, tokens_N: Tensor, positions_N: Tensor, attend: Paged,
-                 images: dict[str, Tensor]) -> Tensor:
+    def _compute(self, tokens_N: np.ndarray, attend: Paged, images: dict[str, Tensor]) -> Tensor:
         """Final hidden states [N, D], by the fused step where the network has one."""
-        if self._step is None or images:
-            return cast(Tensor, self.network(tokens_N[None], positions_N[None], attend,
-                                             **images)[0])
-        return self._step(self.network.model.embed_tokens(tokens_N), positions_N, attend)
+        if self._step is not None and not images:
+            return self._step(tokens_N, attend.positions_N, attend)
+        tokens_1N, positions_1N = (torch.from_numpy(x[None]).to(self.device)
+                                   for x in (tokens_N, attend.positions_N))
+        return cast(Tensor, self.network(tokens_1N, positions_1N, attend, **images)[0])
 
     def _images(self, batch: Batch) -> dict[str, Tensor]:
         """The features of the image tokens of a step, in order, and which tokens those are."""

@@ -89,10 +89,10 @@ class Sampler:
         if samplings != self._samplings:
             self._arrange(samplings)
         logits_BV = logits_BV.float()
+        if not (self._groups or self._top or logits_BV.is_cuda):
+            return _greedy(logits_BV.numpy())
         best = logits_BV.max(dim=-1, keepdim=True)
-        if not bool(best.values.isfinite().all()):
-            raise VicugnaError("the logits are NaN or infinite", "generation",
-                               "The weights are damaged, or training diverged")
+        _check(bool(best.values.isfinite().all()))
         tokens_B1 = best.indices.clone()
         for filtered, numbers, rows in self._groups:
             uniform_R1 = torch.tensor([[streams[b].random()] for b in numbers],
@@ -115,6 +115,23 @@ class Sampler:
         tops = [list(zip(t[: s.top_logprobs], v[: s.top_logprobs], strict=True))
                 for t, v, s in zip(top.tolist(), values.tolist(), samplings, strict=True)]
         return tokens, logprobs, tops
+
+
+def _check(finite: bool) -> None:
+    if not finite:
+        raise VicugnaError("the logits are NaN or infinite", "generation",
+                           "The weights are damaged, or training diverged")
+
+
+def _greedy(logits_BV: np.ndarray) -> tuple[list[int], list[float], list[TopLogprobs]]:
+    """The most likely tokens; logits are overwritten. On one thread: PyTorch would wake its own, which then keep the cores
+    from those of the engine's kernels."""
+    tokens_B = logits_BV.argmax(-1)
+    best_B1 = np.take_along_axis(logits_BV, tokens_B[:, None], -1)
+    _check(bool(np.isfinite(best_B1).all()))
+    logits_BV -= best_B1
+    logprobs_B = -np.log(np.exp(logits_BV, out=logits_BV).sum(-1))
+    return tokens_B.tolist(), logprobs_B.tolist(), [[] for _ in tokens_B]
 
 
 def inverse_cdf(weights_RN: Tensor, uniform_R1: Tensor) -> Tensor:

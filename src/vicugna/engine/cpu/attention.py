@@ -1,7 +1,7 @@
 """Attention of a step's queries over pages of keys and values: the operation `attend`.
 
 Keys are [blocks, G, K, 16]: one vector holds the scores of 16 keys. Values are [blocks, G, 16, U].
-A tile has up to 4 rows, a row being a query of a head that shares the tile's keys. Keys go by
+A tile has 4 rows (the last may be repeated), a row being a query of a head that shares the tile's keys. Keys go by
 segments of 512, counted from the start of the sequence; a segment's softmax and its sum of values
 are added to those before. What a row computes depends on its own keys alone, so its bits are the
 same alone, in any batch, and however a prompt is split.
@@ -21,7 +21,8 @@ from vicugna.engine.cpu.threads import Instruction, program, run
 L = v.L
 BLOCK = 16  # keys of a page
 SEGMENT = 512  # keys
-ROWS = 4  # of a tile; one row left over has a tile of its own
+ROWS = 4  # of a tile
+WIDTH = 2  # vectors of values at once
 NOTHING = np.float32(-np.inf)
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -37,7 +38,7 @@ def paged(q_NHK: Tensor, keys: Tensor | None, values: Tensor, query_start: np.nd
     (float32, bfloat16, float16); `keys` None means that the values are the keys too. Sequence r has
     the queries from row query_start[r] to query_start[r + 1], its last, and lengths[r] keys with
     theirs; its blocks are tables[r], of which the first is its block number first_block[r].
-    K and U are multiples of 16 (`takes`).
+    K is a multiple of 16, U of two vectors (`takes`).
     """
     N, H, K = q_NHK.shape
     G, U = values.shape[1], values.shape[3]
@@ -56,13 +57,13 @@ class Where:
     block and offset there (int64), for `operations.rotate`."""
 
     def __init__(self, query_start: np.ndarray, lengths: np.ndarray, tables: np.ndarray,
-                 first_block: np.ndarray, *new: Tensor) -> None:
+                 first_block: np.ndarray, *new: np.ndarray) -> None:
         starts, lengths, first = (np.ascontiguousarray(x, np.int64)
                                   for x in (query_start, lengths, first_block))
         tables = np.ascontiguousarray(tables, np.int32)
         arrays = starts, lengths, tables, first
         self.operands = np.array([*(x.ctypes.data for x in arrays), tables.shape[1], len(lengths),
-                                  *(x.data_ptr() for x in new)])
+                                  *(x.ctypes.data for x in new)])
         self._kept = *arrays, new
         self.address = int(self.operands.ctypes.data)
 
@@ -79,7 +80,7 @@ def bits(number: float) -> int:
 
 def takes(keys: Tensor | None, values: Tensor) -> bool:
     """Whether `paged` attends over these pages."""
-    wide = values.shape[3] % BLOCK == 0 and (keys is None or keys.shape[2] % BLOCK == 0)
+    wide = values.shape[3] % (WIDTH * L) == 0 and (keys is None or keys.shape[2] % BLOCK == 0)
     return values.dtype in DTYPES and values.device.type == "cpu" and wide
 
 
@@ -105,21 +106,14 @@ def attend(dtype: int, shared: bool) -> Operation:
             table = tables + 4 * (r * table_row - first)
             rows = (end - begin) * heads
             for g in range(G):
-                i = 0
-                while i < rows:
-                    T = ROWS if rows - i > 1 else 1
+                for i in range(0, rows, ROWS):
                     if unit % threads == thread:
                         there = (q + begin * q_row + g * heads * K * 4, q_row, heads, H, i, rows,
                                  before, window, chunk)
                         result = out + (begin * H + g * heads) * U * 4
-                        if T == ROWS:
-                            tile(dtype, is_shared, ROWS, there, keys, values, table, g, G, K, U,
-                                 scale, result, scratch)
-                        else:
-                            tile(dtype, is_shared, 1, there, keys, values, table, g, G, K, U,
-                                 scale, result, scratch)
+                        tile(dtype, is_shared, there, keys, values, table, g, G, K, U, scale,
+                             result, scratch)
                     unit += 1
-                    i += T
 
     return run
 
@@ -137,12 +131,11 @@ START, LAST, MAXIMUM, SUM, OLD, NEW, ROW = 0, 8, 16, 20, 24, 28, 32
 
 
 @template
-def tile(dtype: int, shared: int, T: int) -> Any:
-    """T rows of one key head. `there` says which: the address of queries, bytes of a token's, heads
+def tile(dtype: int, shared: int) -> Any:
+    """The rows of a tile, of one key head. `there` says which: the address of queries, bytes of a token's, heads
     that share the keys, all heads, the first row, their number, position of the first query, window
     and chunk."""
-    size = 4 if dtype == 0 else 2
-    V = v.SET.registers // 8  # vectors of values at once
+    size, T = 4 if dtype == 0 else 2, ROWS
 
     @procedure
     def run(there: tuple[int, ...], keys: int, values: int, table: int, g: int, G: int, K: int,
@@ -175,22 +168,15 @@ def tile(dtype: int, shared: int, T: int) -> Any:
                 page = (v.read_i32(table + 4 * b) * G + g) * BLOCK * size
                 at = scores + (b * BLOCK - origin) * 4
                 if shared:
-                    shared_scores(dtype, T, values + page * U, K, scratch, at)
+                    shared_scores(dtype, values + page * U, K, scratch, at)
                 else:
                     for p in range(0, BLOCK, L):
-                        key_scores(dtype, T, keys + page * K + p * size, K, scratch, at + 4 * p)
+                        key_scores(dtype, keys + page * K + p * size, K, scratch, at + 4 * p)
             for t in range(T):
                 _softmax(scores + t * SEGMENT * 4, state + t * ROW, origin, start, end)
-            u = 0
-            while u < U:
-                if u + V * L <= U:
-                    add_values(dtype, T, V, there, values, table, g, G, U, u, scores, state,
-                               origin, start, end, out)
-                    u += V * L
-                else:
-                    add_values(dtype, T, 1, there, values, table, g, G, U, u, scores, state,
-                               origin, start, end, out)
-                    u += L
+            for u in range(0, U, WIDTH * L):
+                add_values(dtype, there, values, table, g, G, U, u, scores, state, origin, start,
+                           end, out)
         for t in range(min(T, rows - i)):
             token, head = (i + t) // heads, (i + t) % heads
             inverse = v.splat(f32(1) / v.read_f32(state + t * ROW + SUM))
@@ -202,10 +188,10 @@ def tile(dtype: int, shared: int, T: int) -> Any:
 
 
 @template
-def key_scores(dtype: int, T: int) -> Any:
-    """(page, K, q, scores): scores of T rows with L keys of a page, sums over even and over odd
+def key_scores(dtype: int) -> Any:
+    """(page, K, q, scores): scores of a tile's rows with L keys of a page, sums over even and over odd
     features."""
-    size, count = 4 if dtype == 0 else 2, 2 * T
+    size, T, count = 4 if dtype == 0 else 2, ROWS, 2 * ROWS
 
     def run(page: int, K: int, q: int, scores: int) -> None:
         total = v.floats(count)
@@ -222,9 +208,9 @@ def key_scores(dtype: int, T: int) -> Any:
 
 
 @template
-def shared_scores(dtype: int, T: int) -> Any:
-    """(page, K, q, scores): scores of T rows with the 16 keys of a page of values."""
-    size = 4 if dtype == 0 else 2
+def shared_scores(dtype: int) -> Any:
+    """(page, K, q, scores): scores of a tile's rows with the 16 keys of a page of values."""
+    size, T = 4 if dtype == 0 else 2, ROWS
 
     def run(page: int, K: int, q: int, scores: int) -> None:
         for i in range(BLOCK):
@@ -274,10 +260,10 @@ def _softmax(scores: int, state: int, origin: int, start: int, end: int) -> None
 
 
 @template
-def add_values(dtype: int, T: int, V: int) -> Any:
-    """(there, values, table, g, G, U, u, scores, state, origin, start, end, out): V vectors of
-    T rows of the result, from feature u on, take in the keys from start to end."""
-    size, count = 4 if dtype == 0 else 2, T * V
+def add_values(dtype: int) -> Any:
+    """(there, values, table, g, G, U, u, scores, state, origin, start, end, out): a few vectors of
+    each row of the result, from feature u on, take in the keys from start to end."""
+    size, T, V, count = 4 if dtype == 0 else 2, ROWS, WIDTH, ROWS * WIDTH
 
     def run(there: tuple[int, ...], values: int, table: int, g: int, G: int, U: int, u: int,
             scores: int, state: int, origin: int, start: int, end: int, out: int) -> None:

@@ -21,7 +21,8 @@ from numba.extending import intrinsic, overload
 
 from vicugna.engine.cpu import instruction_set
 
-OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "boundscheck": False}
+OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "boundscheck": False,
+                           "no_cfunc_wrapper": True}
 
 SIGNATURE = types.void(types.int64, types.int64, types.int64)  # operands, thread, threads
 
@@ -101,7 +102,8 @@ class Operation:
 
     @cached_property
     def _compiled(self) -> Any:
-        options = {key: value for key, value in OPTIONS.items() if key != "nogil"}
+        options = {key: value for key, value in OPTIONS.items()
+                   if key not in ("nogil", "no_cfunc_wrapper")}
         return _cached(lambda: numba.cfunc(SIGNATURE, cache=True, **options)(self._function))
 
 

@@ -45,17 +45,19 @@ def normalise(operands: int, thread: int, threads: int) -> None:
 
 @Operation
 def rotate(operands: int, thread: int, threads: int) -> None:
-    """Operands: q, k and v of each token side by side, bytes of a token's, tokens, H, G, K,
-    cosines and sines [tokens, K / 2], pages of keys, pages of values, their dtype, an
-    `attention.Where`. RoPE of queries and keys in place; keys and values go into the pages."""
-    (x, row, M, H, G, K, cosines, sines, key_pages, value_pages, dtype,
-     where) = v.unpack(operands, 12)
+    """Operands: q, k and v of each token side by side, bytes of a token's, tokens, their positions
+    (int64), H, G, K, cosines and sines [positions, K / 2], pages of keys, pages of values, their
+    dtype, an `attention.Where`. RoPE of queries and keys in place; keys and values go into the
+    pages."""
+    (x, row, M, positions, H, G, K, cosines, sines, key_pages, value_pages, dtype,
+     where) = v.unpack(operands, 13)
     blocks, offsets = v.unpack(where + 48, 2)
     size, half = 4 if dtype == 0 else 2, K * 2
     first, end, group, last = part(M, G, thread, threads)
     for t in range(first, end):
         block, offset = v.read_i64(blocks + 8 * t), v.read_i64(offsets + 8 * t)
-        cos, sin = cosines + t * half, sines + t * half
+        at = v.read_i64(positions + 8 * t) * half
+        cos, sin = cosines + at, sines + at
         for g in range(group, last):
             for h in range(g * (H // G), (g + 1) * (H // G)):
                 _rotate(x + t * row + h * K * 4, half, cos, sin)

@@ -26,7 +26,7 @@ from vicugna.engine.cpu.formats import BY_NUMBER, ROWS, Format
 L = v.L
 PARTS = ROWS // L  # vectors that hold a number for each of 16 rows
 SUMS = v.SET.registers // 2  # registers for sums; the others hold weights and scales
-MOST_TOKENS = 8 if L == 16 else 4  # of a tile; others have 4, 2 and 1
+MOST_TOKENS = 8 if L == 16 else 4  # of a tile; others have 4 and 1
 FLOAT_ROWS = 4  # most blocks of 16 rows of a tile of floats
 CHUNK = 1 << 19  # bytes of activations that stay in the cache while all weights pass
 
@@ -53,10 +53,7 @@ def part(M: int, count: int, thread: int, threads: int) -> tuple[int, int, int, 
 @kernel
 def tile_tokens(left: int) -> int:
     """How many of `left` tokens the next tile takes."""
-    tokens = MOST_TOKENS
-    while tokens > left:
-        tokens >>= 1
-    return tokens
+    return MOST_TOKENS if left >= MOST_TOKENS else 4 if left >= 4 else 1
 
 
 def row_bytes(number: int, columns: int) -> int:
@@ -323,8 +320,6 @@ def product(number: int) -> Operation:
                         strip(number, 8, a, row, K, w, s, n, out, y_row, add)
                     elif T == 4:
                         strip(number, 4, a, row, K, w, s, n, out, y_row, add)
-                    elif T == 2:
-                        strip(number, 2, a, row, K, w, s, n, out, y_row, add)
                     else:
                         strip(number, 1, a, row, K, w, s, n, out, y_row, add)
                     m += T

@@ -10,15 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vicugna.engine.cpu import operations, product
+from vicugna.engine.cpu import operations, packing, product
 from vicugna.engine.cpu.attention import DTYPES, Where, attend, bits, scratch_of
 from vicugna.engine.cpu.formats import ROWS
 from vicugna.engine.cpu.linear import Target, address, products
 from vicugna.engine.cpu.threads import Instruction, program, run
-from vicugna.engine.packed import PackedLinear
+from vicugna.engine.packed import PackedEmbedding, PackedLinear
 from vicugna.models import llama
 from vicugna.models.layers.mlp import SwiGLU
 
+POSITIONS = 1024  # of RoPE's table, at least
 TOKENS = 1 << 62  # stands in a program for the number of tokens
 
 
@@ -26,7 +27,9 @@ def lower(network: Any, pages: Any) -> "Step | None":
     """The fused step of a network over these pages, or None if it has parts that no operation
     covers."""
     layers = getattr(getattr(network, "model", None), "layers", ())
-    return Step(network.model, pages) if layers and all(map(_covered, layers)) else None
+    covered = layers and all(map(_covered, layers)) and isinstance(
+        network.model.embed_tokens, PackedEmbedding)
+    return Step(network.model, pages) if covered else None
 
 
 def _covered(layer: nn.Module) -> bool:
@@ -46,41 +49,54 @@ def _matrices(layer: Any) -> list[Any]:
 
 
 class Step:
-    """`hidden_ND = step(x_ND, positions_N, attend)`: as the decoder's layers and its last norm."""
+    """`hidden_ND = step(tokens_N, positions_N, attend)`: as the decoder."""
+
+    _given: np.ndarray  # tokens and positions
+    _where: np.ndarray  # of each kind of layers, the operands of a `Where`
+    _program: np.ndarray
+    _counts: tuple[np.ndarray, ...]  # places in it that hold the number of tokens
+    _tokens: int  # that number now
+    _out: Tensor
 
     def __init__(self, decoder: Any, pages: Any) -> None:
         self._decoder, self._pages = decoder, pages
-        self._room, self._threads = 0, 0
+        self._room = self._threads = self._positions = 0
         self._spans = list({layer.self_attn.span: None for layer in decoder.layers})
 
-    def __call__(self, x_ND: Tensor, positions_N: Tensor, attend: Any) -> Tensor:
-        """Keys and values go into the pages, at the places of `attend` (pages.Paged)."""
-        N = len(x_ND)
-        if self._room < N or self._threads != torch.get_num_threads():
-            self._build(1 << (N - 1).bit_length())
-        cos, sin = self._decoder.rotation(positions_N[None], torch.float32)
-        self._x[:N], self._cos[:N], self._sin[:N] = x_ND, cos[0, :, 0], sin[0, :, 0]
+    def __call__(self, tokens_N: np.ndarray, positions_N: np.ndarray, attend: Any) -> Tensor:
+        """Final hidden states [N, D] of tokens at positions, both int64. Keys and values go into
+        the pages, at the places of `attend` (pages.Paged). They hold until the next call."""
+        N, last = len(tokens_N), int(positions_N.max())
+        if (self._room < N or last >= self._positions
+                or self._threads != torch.get_num_threads()):
+            self._build(max(self._room, N), max(self._positions, last + 1, POSITIONS))
+        self._given[0, :N], self._given[1, :N] = tokens_N, positions_N
         kept = []
         for span, operands in zip(self._spans, self._where, strict=True):
             place = attend.places[span]
             kept.append(Where(place.starts, place.lengths, place.tables, place.first,
-                              place.blocks_N, place.offsets_N))
+                              place.block_N, place.offset_N))
             operands[:] = kept[-1].operands
-        self._program[self._counts] = N
+        if N != self._tokens:
+            self._program[self._counts] = self._tokens = N
         run(self._program)
-        return self._out[:N].to(x_ND.dtype)
+        return self._out[:N]
 
-    def _build(self, room: int) -> None:
-        """The program of a step of at most `room` tokens, and its memory."""
-        self._room, self._threads = room, torch.get_num_threads()
+    def _build(self, room: int, positions: int) -> None:
+        """The program of a step of at most `room` tokens, all before `positions`, and its memory:
+        both rounded up to a power of two."""
+        self._room, self._positions = (1 << (n - 1).bit_length() for n in (room, positions))
+        room, self._threads, self._tokens = self._room, torch.get_num_threads(), 0
         layers = self._decoder.layers
         attention, gate = layers[0].self_attn, _matrices(layers[0])[4]
         D, F, H, G, K = (gate.in_features, gate.out_features, attention.H, attention.G,
                          attention.K)
         width = (H + 2 * G) * K
         self._where = np.zeros((len(self._spans), 8), np.int64)
-        self._x, second, h, self._out = (torch.empty(room, D) for _ in range(4))
-        self._cos, self._sin = torch.empty(room, K // 2), torch.empty(room, K // 2)
+        x, second, h, self._out = (torch.empty(room, D) for _ in range(4))
+        self._given = np.zeros((2, room), np.int64)
+        cos, sin = (x[0, :, 0].contiguous() for x in self._decoder.rotation(
+            torch.arange(self._positions)[None], torch.float32))
         qkv, heads = torch.empty(room, width), torch.empty(room, H * K)
         gates, inner = torch.empty(room, 2 * F), torch.empty(room, F)
         numbers = {module.packed.format.number for layer in layers for module in _matrices(layer)}
@@ -104,13 +120,16 @@ class Step:
                        0 if module.bias is None else floats(module.bias))
                 for module, out, at in targets]))
 
-        def normalise(x: Tensor, added: Tensor | None, total: Tensor, norm: Any, out: Tensor
+        def normalise(before: Tensor, added: Tensor | None, total: Tensor, norm: Any, out: Tensor
                       ) -> None:
             made.append(Instruction(operations.normalise, (
-                x.data_ptr(), 0 if added is None else added.data_ptr(), total.data_ptr(), TOKENS, D,
+                before.data_ptr(), 0 if added is None else added.data_ptr(), total.data_ptr(), TOKENS, D,
                 floats(norm.weight), bits(norm.eps), out.data_ptr()), wait=False))
 
-        added, x = None, self._x
+        table, added = self._decoder.embed_tokens.packed, None
+        made.append(Instruction(packing.dequantise(table.format.number), (
+            address(self._given), TOKENS, D, address(table.codes), address(table.scales),
+            x.data_ptr())))
         for n, layer in enumerate(layers):
             q, k, v, o, gate, up, down = _matrices(layer)
             where = address(self._where[self._spans.index(layer.self_attn.span)])
@@ -120,20 +139,21 @@ class Step:
             multiply(self._out, (q, qkv, 0), (k, qkv, H * K), (v, qkv, (H + G) * K))
             made += [
                 Instruction(operations.rotate, (
-                    qkv.data_ptr(), 4 * width, TOKENS, H, G, K, self._cos.data_ptr(),
-                    self._sin.data_ptr(), keys.data_ptr(), values.data_ptr(), dtype, where)),
+                    qkv.data_ptr(), 4 * width, TOKENS, address(self._given[1]), H, G, K,
+                    cos.data_ptr(), sin.data_ptr(), keys.data_ptr(), values.data_ptr(), dtype,
+                    where)),
                 Instruction(attend(dtype, False), (
                     qkv.data_ptr(), 4 * width, keys.data_ptr(), values.data_ptr(), where, H, G, K,
                     K, span.window or 0, span.chunk or 0, heads.data_ptr(), address(scratch),
                     scratch.strides[0], bits(K**-0.5)))]
             multiply(heads, (o, h, 0))
-            normalise(second, h, self._x, layer.post_attention_layernorm, self._out)
+            normalise(second, h, x, layer.post_attention_layernorm, self._out)
             multiply(self._out, (gate, gates, 0), (up, gates, F))
             made.append(Instruction(operations.swiglu, (
                 gates.data_ptr(), TOKENS, F, inner.data_ptr()), wait=False))
             multiply(inner, (down, h, 0))
             added = h
-        normalise(self._x, added, second, self._decoder.norm, self._out)
+        normalise(x, added, second, self._decoder.norm, self._out)
         self._program = program(made)
         self._counts = np.nonzero(self._program == TOKENS)
-        self._kept = second, h, qkv, heads, gates, inner, rows, scratch, kept
+        self._kept = x, second, h, cos, sin, qkv, heads, gates, inner, rows, scratch, kept

@@ -21,6 +21,7 @@ from vicugna.engine.cpu import vectors as v
 from vicugna.engine.cpu.compiler import Operation, entry, kernel
 
 WIDTH = 24  # int64 numbers of an llvm.instruction
+MOST_SLOW = 5  # barriers of the last hundred that may take long
 SPINS = 4000  # reads of a counter, about 0.1 ms, before a thread gives way
 
 # The shared words, each in a cache line of its own: how many programs were posted, what was posted,
@@ -133,7 +134,10 @@ def _work(control: int, thread: int) -> None:
         if atomic_read(control + POSTED) == seen:
             spins += 1
             if spins < SPINS:
-                pause()
+                if spins < 64:
+                    pause()
+                else:  # PyTorch's own threads may wait for this core
+                    sched_yield()
                 continue
             atomic_add(control + SLEEPING, 1)
             if atomic_read(control + POSTED) == seen:  # else it may have been counted too late
@@ -146,13 +150,14 @@ def _work(control: int, thread: int) -> None:
 
 class Pool:
     """As many threads as given, the caller's among them; they live as long as the process. Where
-    other processes keep a core busy, so that waiting takes longer than working, the caller runs
-    some programs alone."""
+    other processes keep a core busy, so that many barriers take long, the caller runs some programs
+    alone."""
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
         self._words = np.zeros(10 * 64, np.uint8)
         self._control = -(-self._words.ctypes.data // 64) * 64
+        self._slow = 0.0  # barriers that took long, of the last few hundred
         self._alone = self._penalty = 0  # programs
         ctypes.CDLL(None).sem_init(ctypes.c_void_p(self._control + SEMAPHORE), 0, 0)
         for thread in range(1, threads):
@@ -163,10 +168,14 @@ class Pool:
         if self._alone:
             self._alone -= 1
             _run(self._control, program.ctypes.data, len(program), 1)
-        elif _run(self._control, program.ctypes.data, len(program), self.threads):
+            return
+        slow = _run(self._control, program.ctypes.data, len(program), self.threads)
+        self._slow = self._slow * 0.99 ** len(program) + slow
+        if self._slow > MOST_SLOW:
+            self._slow = 0.0
             self._alone = self._penalty = min(2 * self._penalty + 8, 1024)
-        else:
-            self._penalty = 0
+        elif not slow:
+            self._penalty = self._penalty * 7 // 8
 
 
 class Instruction(NamedTuple):
