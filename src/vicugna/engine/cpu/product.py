@@ -95,10 +95,10 @@ def _quantise_row(x: int, groups: int, first: int, last: int, out: int, T: int, 
     scales = out + T * groups * 32
     sides = scales + T * groups * 4
     for g in range(first, last):
-        largest = v.splat(f32(0))
+        largest = v.splat_i32(0)
         for i in range(0, 32, L):
-            largest = v.maximum(largest, v.magnitude(v.load_f32(x + (g * 32 + i) * 4)))
-        most = v.maximum_of(largest)
+            largest = v.larger(largest, v.magnitude_bits(v.load_f32(x + (g * 32 + i) * 4)))
+        most = v.as_float(v.largest_of(largest))
         # Not a number stays so in the scale, and a whole group of nearly nothing is nothing.
         inverse = v.splat(f32(127) / most if most > f32(1e-30) else f32(0))
         place = g * T + t

@@ -79,9 +79,9 @@ def store_f32(b: Any, address: Any, values: Any) -> None:
 
 @instruction(INTS, ADDRESS, FLOATS)
 def store_s8(b: Any, address: Any, values: Any) -> Any:
-    """L bytes, rounded to the nearest, halves to the even one; returns them."""
-    nearest = llvm.call(b, f"llvm.rint.v{L}f32", FLOATS.llvm, values)
-    whole = llvm.call(b, f"llvm.fptosi.sat.v{L}i32.v{L}f32", INTS.llvm, nearest)
+    """L bytes, rounded to the nearest, halves to the even one; returns them. Numbers beyond a byte
+    give anything."""
+    whole = llvm.call(b, f"llvm.lrint.v{L}i32.v{L}f32", INTS.llvm, values)
     llvm.write(b, address, b.trunc(whole, llvm.lanes(I8)))
     return whole
 
@@ -202,10 +202,23 @@ def fma(b: Any, x: Any, y: Any, z: Any) -> Any:
     return llvm.call(b, f"llvm.fma.v{L}f32", FLOATS.llvm, x, y, z)
 
 
-@instruction(FLOATS, FLOATS)
-def magnitude(b: Any, x: Any) -> Any:
-    """Absolute values."""
-    return llvm.call(b, f"llvm.fabs.v{L}f32", FLOATS.llvm, x)
+@instruction(INTS, FLOATS)
+def magnitude_bits(b: Any, x: Any) -> Any:
+    """The bits of absolute values: as integers in the same order, and what is not a number above
+    all others."""
+    return b.and_(b.bitcast(x, INTS.llvm), llvm.constant(INTS.llvm, 0x7FFFFFFF))
+
+
+@instruction(INTS, INTS, INTS)
+def larger(b: Any, x: Any, y: Any) -> Any:
+    """The larger of each pair."""
+    return llvm.call(b, f"llvm.smax.v{L}i32", INTS.llvm, x, y)
+
+
+@instruction(types.int32, INTS)
+def largest_of(b: Any, x: Any) -> Any:
+    """The largest of L numbers."""
+    return llvm.call(b, f"llvm.vector.reduce.smax.v{L}i32", I32, x)
 
 
 @instruction(FLOATS, FLOATS, FLOATS)
@@ -226,7 +239,7 @@ def exp(b: Any, x: Any) -> Any:
         return llvm.call(b, f"llvm.fma.v{L}f32", FLOATS.llvm, p, q, r)
 
     vanishes = b.fcmp_ordered("<", x, number(-87))
-    x = llvm.call(b, f"llvm.minimum.v{L}f32", FLOATS.llvm, x, number(88))
+    x = b.select(b.fcmp_ordered(">", x, number(88)), number(88), x)
     x = b.select(vanishes, number(0), x)
     n = llvm.call(b, f"llvm.rint.v{L}f32", FLOATS.llvm, b.fmul(x, number(1.44269504)))
     rest = fused(n, number(2.12194440e-4), fused(n, number(-0.693359375), x))
@@ -234,7 +247,7 @@ def exp(b: Any, x: Any) -> Any:
     for factor in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1,
                    5.0000001201e-1, 1.0, 1.0):
         sum_ = fused(sum_, rest, number(factor))
-    whole = llvm.call(b, f"llvm.fptosi.sat.v{L}i32.v{L}f32", INTS.llvm, n)
+    whole = llvm.call(b, f"llvm.lrint.v{L}i32.v{L}f32", INTS.llvm, n)
     exponent = b.add(whole, llvm.constant(INTS.llvm, 127))
     power = b.bitcast(b.shl(exponent, llvm.constant(INTS.llvm, 23)), FLOATS.llvm)
     return b.select(vanishes, number(0), b.fmul(sum_, power))
