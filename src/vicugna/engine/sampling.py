@@ -124,8 +124,8 @@ def _check(finite: bool) -> None:
 
 
 def _greedy(logits_BV: np.ndarray) -> tuple[list[int], list[float], list[TopLogprobs]]:
-    """The most likely tokens; logits are overwritten. On one thread: PyTorch would wake its own, which then keep the cores
-    from those of the engine's kernels."""
+    """The most likely tokens; logits are overwritten. On one thread: PyTorch would wake its own,
+    which then keep the cores from those of the engine's kernels."""
     tokens_B = logits_BV.argmax(-1)
     best_B1 = np.take_along_axis(logits_BV, tokens_B[:, None], -1)
     _check(bool(np.isfinite(best_B1).all()))

@@ -1,10 +1,10 @@
 """Attention of a step's queries over pages of keys and values: the operation `attend`.
 
 Keys are [blocks, G, K, 16]: one vector holds the scores of 16 keys. Values are [blocks, G, 16, U].
-A tile has 4 rows (the last may be repeated), a row being a query of a head that shares the tile's keys. Keys go by
-segments of 512, counted from the start of the sequence; a segment's softmax and its sum of values
-are added to those before. What a row computes depends on its own keys alone, so its bits are the
-same alone, in any batch, and however a prompt is split.
+A tile has 4 rows (the last may be repeated), a row being a query of a head that shares the tile's
+keys. Keys go by segments of 512, counted from the start of the sequence; a segment's softmax and its
+sum of values are added to those before. What a row computes depends on its own keys alone, so its
+bits are the same alone, in any batch, and however a prompt is split.
 """
 
 from functools import cache
@@ -132,9 +132,9 @@ START, LAST, MAXIMUM, SUM, OLD, NEW, ROW = 0, 8, 16, 20, 24, 28, 32
 
 @template
 def tile(dtype: int, shared: int) -> Any:
-    """The rows of a tile, of one key head. `there` says which: the address of queries, bytes of a token's, heads
-    that share the keys, all heads, the first row, their number, position of the first query, window
-    and chunk."""
+    """The rows of a tile, of one key head. `there` says which: the address of queries, bytes of a
+    token's, heads that share the keys, all heads, the first row, their number, position of the
+    first query, window and chunk."""
     size, T = 4 if dtype == 0 else 2, ROWS
 
     @procedure
@@ -189,8 +189,8 @@ def tile(dtype: int, shared: int) -> Any:
 
 @template
 def key_scores(dtype: int) -> Any:
-    """(page, K, q, scores): scores of a tile's rows with L keys of a page, sums over even and over odd
-    features."""
+    """(page, K, q, scores): scores of a tile's rows with L keys of a page, sums over even and over
+    odd features."""
     size, T, count = 4 if dtype == 0 else 2, ROWS, 2 * ROWS
 
     def run(page: int, K: int, q: int, scores: int) -> None:

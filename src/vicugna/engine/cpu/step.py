@@ -77,7 +77,7 @@ class Step:
             kept.append(Where(place.starts, place.lengths, place.tables, place.first,
                               place.block_N, place.offset_N))
             operands[:] = kept[-1].operands
-        if N != self._tokens:
+        if self._tokens != N:
             self._program[self._counts] = self._tokens = N
         run(self._program)
         return self._out[:N]
@@ -123,8 +123,8 @@ class Step:
         def normalise(before: Tensor, added: Tensor | None, total: Tensor, norm: Any, out: Tensor
                       ) -> None:
             made.append(Instruction(operations.normalise, (
-                before.data_ptr(), 0 if added is None else added.data_ptr(), total.data_ptr(), TOKENS, D,
-                floats(norm.weight), bits(norm.eps), out.data_ptr()), wait=False))
+                before.data_ptr(), 0 if added is None else added.data_ptr(), total.data_ptr(),
+                TOKENS, D, floats(norm.weight), bits(norm.eps), out.data_ptr()), wait=False))
 
         table, added = self._decoder.embed_tokens.packed, None
         made.append(Instruction(packing.dequantise(table.format.number), (
