@@ -169,7 +169,7 @@ class Worker:
             [python, __file__, "--worker", name, str(path), "--threads", str(threads)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             env={**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1",
-                 "OMP_WAIT_POLICY": "PASSIVE", **environment})
+                 **environment})
         assert self.process.stdout
         self.imported = int(self.process.stdout.readline())
         self.ask((16,), 1)

@@ -2,9 +2,9 @@
 
 Keys are [blocks, G, K, 16]: one vector holds the scores of 16 keys. Values are [blocks, G, 16, U].
 A tile has 4 rows (the last may be repeated), a row being a query of a head that shares the tile's
-keys. Keys go by segments of 512, counted from the start of the sequence; a segment's softmax and its
-sum of values are added to those before. What a row computes depends on its own keys alone, so its
-bits are the same alone, in any batch, and however a prompt is split.
+keys. Keys go by segments of 512, counted from the start of the sequence; a segment's softmax and
+its sum of values are added to those before. What a row computes depends on its own keys alone, so
+its bits are the same alone, in any batch, and however a prompt is split.
 """
 
 from functools import cache

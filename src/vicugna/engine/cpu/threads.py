@@ -8,6 +8,7 @@ instruction, each its own part of the work. Between programs threads spin for a 
 import ctypes
 import os
 import threading
+import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from vicugna.engine.cpu import vectors as v
 from vicugna.engine.cpu.compiler import Operation, entry, kernel
 
 WIDTH = 24  # int64 numbers of an llvm.instruction
-MOST_SLOW = 5  # barriers of the last hundred that may take long
+SHORTEST = 20_000_000  # ns of programs, before waiting is a reason to run alone
 SPINS = 4000  # reads of a counter, about 0.1 ms, before a thread gives way
 
 # The shared words, each in a cache line of its own: how many programs were posted, what was posted,
@@ -69,6 +70,17 @@ def sched_yield(b: Any) -> Any:
     return llvm.call(b, "sched_yield", llvm.I32)
 
 
+@llvm.instruction(types.int64)
+def clock(b: Any) -> Any:
+    """Nanoseconds of the monotonic clock."""
+    with b.goto_entry_block():
+        time_ = b.alloca(llvm.I64, size=ir.Constant(llvm.I64, 2))
+    llvm.call(b, "clock_gettime", llvm.I32, ir.Constant(llvm.I32, time.CLOCK_MONOTONIC),
+              b.ptrtoint(time_, llvm.I64))
+    second, rest = (b.load(b.gep(time_, [ir.Constant(llvm.I64, i)])) for i in range(2))
+    return b.add(b.mul(second, ir.Constant(llvm.I64, 10**9)), rest)
+
+
 @llvm.instruction(types.int32, types.intp)
 def sem_wait(b: Any, semaphore: Any) -> Any:
     """Sleep until the semaphore at this address is posted."""
@@ -85,35 +97,37 @@ def sem_post(b: Any, semaphore: Any) -> Any:
 
 @kernel
 def _barrier(control: int, target: int) -> int:
-    """Wait until threads have arrived `target` times in all; 1 if that took long, else 0."""
+    """Wait until threads have arrived `target` times in all; ns of that, 0 if it was short."""
     atomic_add(control + ARRIVED, 1)
-    spins = 0
+    spins, start = 0, 0
     while atomic_read(control + ARRIVED) < target:
         spins += 1
         if spins < SPINS:
             pause()
-        else:
-            sched_yield()
-    return 1 if spins >= SPINS else 0
+            continue
+        if start == 0:
+            start = clock()
+        sched_yield()
+    return clock() - start if start else 0
 
 
 @kernel
 def _execute(control: int, program: int, count: int, thread: int, threads: int,
              before: int) -> int:
-    """All instructions; how many barriers took long."""
-    slow, target = 0, before
+    """All instructions; ns of waiting for others."""
+    waited, target = 0, before
     for i in range(count):
         row = program + i * WIDTH * 8
         call(v.read_i64(row), row + 8, thread, threads)
         if threads > 1 and v.read_i64(row + (WIDTH - 1) * 8):
             target += threads
-            slow += _barrier(control, target)
-    return slow
+            waited += _barrier(control, target)
+    return waited
 
 
 @entry
 def _run(control: int, program: int, count: int, threads: int) -> int:
-    """Thread 0: post the program, and take part in it; how many barriers took long."""
+    """Thread 0: post the program, and take part in it; ns of waiting for others."""
     before = atomic_read(control + ARRIVED)
     if threads > 1:
         v.write_i64(control + PROGRAM, program)
@@ -150,14 +164,14 @@ def _work(control: int, thread: int) -> None:
 
 class Pool:
     """As many threads as given, the caller's among them; they live as long as the process. Where
-    other processes keep a core busy, so that many barriers take long, the caller runs some programs
-    alone."""
+    other processes keep a core busy, so that the caller waits more than it works, it runs some
+    programs alone."""
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
         self._words = np.zeros(10 * 64, np.uint8)
         self._control = -(-self._words.ctypes.data // 64) * 64
-        self._slow = 0.0  # barriers that took long, of the last few hundred
+        self._waited = self._total = 0.0  # ns of the last ten programs or so
         self._alone = self._penalty = 0  # programs
         ctypes.CDLL(None).sem_init(ctypes.c_void_p(self._control + SEMAPHORE), 0, 0)
         for thread in range(1, threads):
@@ -169,12 +183,14 @@ class Pool:
             self._alone -= 1
             _run(self._control, program.ctypes.data, len(program), 1)
             return
-        slow = _run(self._control, program.ctypes.data, len(program), self.threads)
-        self._slow = self._slow * 0.99 ** len(program) + slow
-        if self._slow > MOST_SLOW:
-            self._slow = 0.0
+        begun = time.perf_counter_ns()
+        waited = _run(self._control, program.ctypes.data, len(program), self.threads)
+        self._waited = self._waited * 0.9 + waited
+        self._total = self._total * 0.9 + time.perf_counter_ns() - begun
+        if self._waited > 0.5 * max(self._total, SHORTEST):
+            self._waited = self._total = 0.0
             self._alone = self._penalty = min(2 * self._penalty + 8, 1024)
-        elif not slow:
+        elif not waited:
             self._penalty = self._penalty * 7 // 8
 
 
