@@ -10,6 +10,7 @@ import mmap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -212,8 +213,14 @@ class Mapped:
         begin = tensor.data_ptr()
         if any(begin in addresses for addresses in self._addresses.values()):
             page = begin // mmap.PAGESIZE * mmap.PAGESIZE
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(page), ctypes.c_size_t(
+            _library().madvise(ctypes.c_void_p(page), ctypes.c_size_t(
                 begin + tensor.nbytes - page), mmap.MADV_DONTNEED)
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    """The C library."""
+    return ctypes.CDLL(None)
 
 
 def _dequantise(place: Tensor, weight: Tensor, scale: Tensor, block: tuple[int, int]) -> None:

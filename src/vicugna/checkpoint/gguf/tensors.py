@@ -77,8 +77,10 @@ def permuted(tensor: Tensor, heads: int, first: int = 0, back: bool = False) -> 
     the halves that Hugging Face rotates to the neighbouring pairs of Meta's files, which llama.cpp
     rotates in some of its architectures; or `back`."""
     rows = tensor.unflatten(0, (heads, -1))
-    pairs = rows[:, first:].unflatten(1, (-1, 2) if back else (2, -1)).transpose(1, 2)
-    return torch.cat((rows[:, :first], pairs.flatten(1, 2)), dim=1).flatten(0, 1)
+    pairs = rows[:, first:].unflatten(1, (-1, 2) if back else (2, -1)).transpose(1, 2).flatten(1, 2)
+    if first:  # else spared: of a meta tensor it would import much of PyTorch's compiler
+        pairs = torch.cat((rows[:, :first], pairs), dim=1)
+    return pairs.flatten(0, 1)
 
 
 @dataclass(frozen=True)
