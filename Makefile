@@ -28,7 +28,7 @@ smollm2: $(SMOLLM2)
 	@echo 'Talk to it: $(BIN)/vicugna chat smollm2'
 
 test: lint $(SMOLLM2)
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n 2 --dist loadfile
 
 lint: $(DEV)
 	$(BIN)/ruff check
