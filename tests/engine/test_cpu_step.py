@@ -6,14 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_networks import finish, random_network, random_prompts
+from tiny_networks import finish, pack_network, random_network, random_prompts
 
 pytest.importorskip("numba")
 
 from vicugna.engine import Engine, Request, Sampling
 from vicugna.engine.cpu import step
 from vicugna.engine.pages import LayerShape
-from vicugna.engine.weights import pack_network
 
 WIDE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32}
 NETWORKS: dict[str, dict[str, Any]] = {

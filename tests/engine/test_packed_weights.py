@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_networks import VOCABULARY, plain_logits, random_network, random_prompts
+from tiny_networks import VOCABULARY, pack_network, plain_logits, random_network, random_prompts
 
 from vicugna import models
 from vicugna.checkpoint import Checkpoint, survey
@@ -12,7 +12,7 @@ from vicugna.checkpoint.state_dict import Parts
 from vicugna.engine import Sampling, cpu, generate, weights
 from vicugna.engine.cpu import linear
 from vicugna.engine.packed import PackedEmbedding, PackedLinear
-from vicugna.engine.weights import pack_network, plan
+from vicugna.engine.weights import plan
 from vicugna.errors import VicugnaError
 
 SHAPES: dict[str, dict[str, Any]] = {

@@ -7,6 +7,9 @@ import torch
 from torch import nn
 
 from vicugna import models, tokenizer
+from vicugna.checkpoint.state_dict import ties
+from vicugna.engine import weights
+from vicugna.engine.cpu.formats import FORMATS
 from vicugna.models.layers.attention import Dense
 
 VOCABULARY = 61
@@ -52,6 +55,23 @@ def finish(engine):
             found[output.id] = (tokens + output.tokens, logprobs + output.logprobs,
                                 output.finish_reason)
     return found
+
+
+def pack_network(network, kind):
+    """Pack every matrix whose rows fill the blocks of `kind`, in place; returns the network."""
+    from vicugna.engine.cpu.linear import pack
+    from vicugna.engine.packed import put
+
+    tied = ties(network)
+    for name, module in weights.matrices(network).items():
+        if name in tied:
+            continue
+        weight = network.get_parameter(name).detach()
+        weight = weight.mT.contiguous() if getattr(module, "transposed", False) else weight
+        if weight.shape[-1] % FORMATS[kind].columns == 0:
+            made = [pack(one, kind) for one in (weight if weight.dim() == 3 else [weight])]
+            put(network, name, made, weight.dtype, tied)
+    return network
 
 
 class Scripted(nn.Module):

@@ -89,49 +89,47 @@ class Sampler:
         if samplings != self._samplings:
             self._arrange(samplings)
         logits_BV = logits_BV.float()
-        if not (self._groups or self._top or logits_BV.is_cuda):
-            return _greedy(logits_BV.numpy())
-        best = logits_BV.max(dim=-1, keepdim=True)
-        _check(bool(best.values.isfinite().all()))
-        tokens_B1 = best.indices.clone()
+        tokens_B1, best_B1, log_sum_B1 = _most_likely(logits_BV)
+        if not bool(best_B1.isfinite().all()):
+            raise VicugnaError("the logits are NaN or infinite", "generation",
+                               "The weights are damaged, or training diverged")
         for filtered, numbers, rows in self._groups:
             uniform_R1 = torch.tensor([[streams[b].random()] for b in numbers],
                                       dtype=torch.float64, device=self._device)
             temperature_R1, k_R1, p_R1, min_R1 = self._settings_B4[rows].split(1, dim=1)
             # Subtracting the largest keeps small temperatures from overflowing.
-            score_RV = (logits_BV[rows] - best.values[rows]).div_(temperature_R1.float())
+            score_RV = (logits_BV[rows] - best_B1[rows]).div_(temperature_R1.float())
             probs_RV = torch.softmax(score_RV, dim=-1)
             if filtered:
                 nucleus_RN, order_RN = truncate(probs_RV, k_R1, p_R1, min_R1)
                 tokens_B1[rows] = order_RN.gather(1, inverse_cdf(nucleus_RN, uniform_R1))
             else:
                 tokens_B1[rows] = inverse_cdf(probs_RV, uniform_R1)
-        logprobs_BV = torch.log_softmax(logits_BV, dim=-1)
         tokens = tokens_B1[:, 0].tolist()
-        logprobs = logprobs_BV.gather(1, tokens_B1)[:, 0].tolist()
+        logprobs = (logits_BV.gather(1, tokens_B1) - best_B1 - log_sum_B1)[:, 0].tolist()
         if not self._top:
             return tokens, logprobs, [[] for _ in samplings]
-        values, top = logprobs_BV.topk(min(self._top, logprobs_BV.shape[1]), dim=-1)
+        values, top = logits_BV.topk(min(self._top, logits_BV.shape[1]), dim=-1)
         tops = [list(zip(t[: s.top_logprobs], v[: s.top_logprobs], strict=True))
-                for t, v, s in zip(top.tolist(), values.tolist(), samplings, strict=True)]
+                for t, v, s in zip(top.tolist(), (values - best_B1 - log_sum_B1).tolist(),
+                                   samplings, strict=True)]
         return tokens, logprobs, tops
 
 
-def _check(finite: bool) -> None:
-    if not finite:
-        raise VicugnaError("the logits are NaN or infinite", "generation",
-                           "The weights are damaged, or training diverged")
-
-
-def _greedy(logits_BV: np.ndarray) -> tuple[list[int], list[float], list[TopLogprobs]]:
-    """The most likely tokens; logits are overwritten. On one thread: PyTorch would wake its own,
-    which then keep the cores from those of the engine's kernels."""
-    tokens_B = logits_BV.argmax(-1)
-    best_B1 = np.take_along_axis(logits_BV, tokens_B[:, None], -1)
-    _check(bool(np.isfinite(best_B1).all()))
-    logits_BV -= best_B1
-    logprobs_B = -np.log(np.exp(logits_BV, out=logits_BV).sum(-1))
-    return tokens_B.tolist(), logprobs_B.tolist(), [[] for _ in tokens_B]
+def _most_likely(logits_BV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row the most likely token, its logit, and the logarithm of the sum of all
+    exponentials, that logit subtracted; each [B, 1]. On a CPU with one thread: PyTorch would wake
+    its own, which then keep the cores from those of the engine's kernels."""
+    if logits_BV.device.type != "cpu":
+        best_B1, tokens_B1 = logits_BV.max(dim=-1, keepdim=True)
+        return tokens_B1, best_B1, (logits_BV - best_B1).logsumexp(-1, keepdim=True)
+    logits = logits_BV.numpy()
+    tokens = logits.argmax(-1)[:, None]
+    best = np.take_along_axis(logits, tokens, -1)
+    with np.errstate(invalid="ignore"):  # of logits that are refused
+        shares = logits - best
+        log_sum = np.log(np.exp(shares, out=shares).sum(-1, keepdims=True))
+    return torch.from_numpy(tokens), torch.from_numpy(best), torch.from_numpy(log_sum)
 
 
 def inverse_cdf(weights_RN: Tensor, uniform_R1: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vicugna import checkpoint
-from vicugna.checkpoint.state_dict import Parts, ties
+from vicugna.checkpoint.state_dict import Parts
 from vicugna.checkpoint.stored import Mapped, Stored
 from vicugna.dtypes import name_of
 from vicugna.engine import cpu
@@ -178,19 +178,3 @@ def _single(module: nn.Module, weight: Tensor) -> Iterable[Tensor]:
     """The matrix, or those of a stack, with the rows by which products go."""
     weight = weight.mT if getattr(module, "transposed", False) else weight
     return weight.contiguous().unbind() if weight.dim() == 3 else [weight]
-
-
-def pack_network(network: nn.Module, kind: str) -> nn.Module:
-    """Pack every matrix of a network, in place and one after the other, into `kind`, one of the
-    engine's packed kinds; those whose rows do not fill its blocks stay as they are. Returns it."""
-    from vicugna.engine.cpu.linear import pack
-    from vicugna.engine.packed import put
-    tied = ties(network)
-    for name, module in matrices(network).items():
-        if name in tied:
-            continue
-        weight = network.get_parameter(name).detach()
-        if _width(module, weight) % FORMATS[kind].columns == 0:
-            made = [pack(matrix, kind) for matrix in _single(module, weight)]
-            put(network, name, made, weight.dtype, tied)
-    return network
