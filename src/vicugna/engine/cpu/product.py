@@ -4,8 +4,9 @@ A tile is the product of a few tokens with 16 rows of weights, or a few times 16
 registers. Every number of the result is one sum in the order of the columns, made by the same
 instructions in every tile: its bits do not depend on the other tokens.
 
-For weights of blocks, activations become int8 too, with a scale for every 32 columns (as in
-llama.cpp). Sums over a group are then exact integers. The rows of a tile's T tokens are laid out
+For weights of blocks, activations become int8 too, as in llama.cpp: with a scale for the columns of
+each block of the weights, 32 or 256, which is float16 of 32. Sums over a group of 32 columns are then
+exact integers. The rows of a tile's T tokens are laid out
 together, in the order in which the tile reads them:
 
     [group][T][32] int8     [group][T] scales, float32     [group][T] sides
@@ -41,13 +42,15 @@ def share(count: int, thread: int, threads: int) -> tuple[int, int]:
 
 @kernel
 def part(M: int, count: int, thread: int, threads: int) -> tuple[int, int, int, int]:
-    """Of M tokens with `count` groups of columns each, the tokens and the groups that a thread
-    does, first and end: a share of the tokens, or where these are few a share of the groups."""
+    """Of M tokens with `count` groups of 32 columns each, the tokens and the groups that a thread
+    does, first and end: a share of the tokens, or where these are few a share of the groups, by
+    eights where that is possible (the scale of 256 columns needs all of them)."""
     if threads <= M:
         first, end = share(M, thread, threads)
         return first, end, 0, count
-    first, end = share(count, thread, threads)
-    return 0, M, first, end
+    unit = 1 if count % 8 else 8
+    first, end = share(count // unit, thread, threads)
+    return 0, M, first * unit, end * unit
 
 
 @kernel
@@ -72,6 +75,7 @@ def quantise(number: int) -> Operation:
     this format need them."""
     form = BY_NUMBER[number]
     offset, minima, halves = form.offset, form.minima, 32 // form.group
+    block = form.columns // 32
 
     @Operation
     def run(operands: int, thread: int, threads: int) -> None:
@@ -83,7 +87,7 @@ def quantise(number: int) -> Operation:
             T = tile_tokens(M - start)
             for t in range(max(first - start, 0), min(end - start, T)):
                 _quantise_row(x + (start + t) * K * 4, K // 32, group, last, out + start * size, T,
-                              t, offset, minima, halves)
+                              t, offset, minima, halves, block)
             start += T
 
     return run
@@ -91,14 +95,16 @@ def quantise(number: int) -> Operation:
 
 @kernel
 def _quantise_row(x: int, groups: int, first: int, last: int, out: int, T: int, t: int, offset: int,
-                  minima: bool, halves: int) -> None:
+                  minima: bool, halves: int, block: int) -> None:
     scales = out + T * groups * 32
     sides = scales + T * groups * 4
+    most = f32(0)
     for g in range(first, last):
-        largest = v.splat_i32(0)
-        for i in range(0, 32, L):
-            largest = v.larger(largest, v.magnitude_bits(v.load_f32(x + (g * 32 + i) * 4)))
-        most = v.as_float(v.largest_of(largest))
+        if g % block == 0:
+            largest = v.splat_i32(0)
+            for i in range(g * 32, (g + block) * 32, L):
+                largest = v.larger(largest, v.magnitude_bits(v.load_f32(x + i * 4)))
+            most = v.as_float(v.largest_of(largest))
         # Not a number stays so in the scale, and a whole group of nearly nothing is nothing.
         inverse = v.splat(f32(127) / most if most > f32(1e-30) else f32(0))
         place = g * T + t
@@ -108,7 +114,7 @@ def _quantise_row(x: int, groups: int, first: int, last: int, out: int, T: int, 
         for i in range(16, 32, L):
             second += v.store_s8(out + place * 32 + i, v.load_f32(x + (g * 32 + i) * 4) * inverse)
         scale = most / f32(127)
-        v.write_f32(scales + place * 4, scale)
+        v.write_f32(scales + place * 4, v.round_f16(scale) if block == 1 else scale)
         if halves == 2:
             v.write_i32(sides + place * 8, -offset * v.sum_of_ints(first))
             v.write_i32(sides + place * 8 + 4, -offset * v.sum_of_ints(second))

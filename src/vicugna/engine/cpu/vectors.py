@@ -119,6 +119,12 @@ def read_bf16(b: Any, address: Any) -> Any:
     return b.bitcast(b.shl(b.zext(llvm.read(b, address, I16, 2), I32), ir.Constant(I32, 16)), F32)
 
 
+@instruction(types.float32, types.float32)
+def round_f16(b: Any, value: Any) -> Any:
+    """The nearest float16 number."""
+    return b.fpext(b.fptrunc(value, F16), F32)
+
+
 @instruction(types.void, ADDRESS, types.float32)
 def write_f16(b: Any, address: Any, value: Any) -> None:
     """One number, rounded to float16."""
