@@ -5,9 +5,9 @@ registers. Every number of the result is one sum in the order of the columns, ma
 instructions in every tile: its bits do not depend on the other tokens.
 
 For weights of blocks, activations become int8 too, as in llama.cpp: with a scale for the columns of
-each block of the weights, 32 or 256, which is float16 for those of 32. Sums over a group of 32 columns
-are then exact integers. The rows of a tile's T tokens are laid out together, in the order in which the
-tile reads them:
+each block of the weights, 32 or 256, which is float16 for those of 32. Sums over a group of 32
+columns are then exact integers. The rows of a tile's T tokens are laid out together, in the order
+in which the tile reads them:
 
     [group][T][32] int8     [group][T] scales, float32     [group][T] sides
 
