@@ -189,7 +189,7 @@ class Pool:
         self._total = self._total * 0.9 + time.perf_counter_ns() - begun
         if self._waited > 0.5 * max(self._total, SHORTEST):
             self._waited = self._total = 0.0
-            self._alone = self._penalty = min(2 * self._penalty + 8, 1024)
+            self._alone = self._penalty = min(2 * self._penalty + 8, 256)
         elif not waited:
             self._penalty = self._penalty * 7 // 8
 
