@@ -43,16 +43,16 @@ def paged(q_NHK: Tensor, keys: Tensor | None, values: Tensor, query_start: np.nd
     N, H, K = q_NHK.shape
     G, U = values.shape[1], values.shape[3]
     q, out = q_NHK.detach().float().contiguous(), torch.empty(N, H, U)
-    scratch, where = scratch_of(K), Where(query_start, lengths, tables, first_block)
+    scratch, metadata = scratch_of(K), Metadata(query_start, lengths, tables, first_block)
     run(program([Instruction(attend(DTYPES[values.dtype], keys is None), (
         q.data_ptr(), 4 * H * K, 0 if keys is None else keys.data_ptr(), values.data_ptr(),
-        where.address, H, G, K, U, window or 0, chunk or 0, out.data_ptr(), scratch.ctypes.data,
+        metadata.address, H, G, K, U, window or 0, chunk or 0, out.data_ptr(), scratch.ctypes.data,
         scratch.strides[0], bits(scale)))]))
     return out.to(q_NHK.dtype)
 
 
-class Where:
-    """What operations read of a step, int64 at `address`: the addresses of the arrays that `paged`
+class Metadata:
+    """Attention metadata of a step, int64 at `address`: the addresses of the arrays that `paged`
     takes, the width of a table, the number of sequences, and the addresses of each new token's
     block and offset there (int64), for `operations.rotate`."""
 
@@ -63,7 +63,7 @@ class Where:
         tables = np.ascontiguousarray(tables, np.int32)
         arrays = starts, lengths, tables, first
         self.operands = np.array([*(x.ctypes.data for x in arrays), tables.shape[1], len(lengths),
-                                  *(x.ctypes.data for x in new)])
+                                  *(x.ctypes.data for x in new)], np.int64)
         self._kept = *arrays, new
         self.address = int(self.operands.ctypes.data)
 
@@ -86,15 +86,15 @@ def takes(keys: Tensor | None, values: Tensor) -> bool:
 
 @cache
 def attend(dtype: int, shared: bool) -> Operation:
-    """Operands: queries, bytes of a token's, keys, values, a `Where`, sizes, window, chunk, out,
-    scratch of each thread and its size, scale's bits."""
+    """Operands: queries, bytes of a token's, keys, values, the address of a `Metadata`, sizes,
+    window, chunk, out, scratch of each thread and its size, scale's bits."""
     is_shared = int(shared)
 
     @Operation
     def run(operands: int, thread: int, threads: int) -> None:
-        (q, q_row, keys, values, where, H, G, K, U, window, chunk, out, scratch, scratch_size,
+        (q, q_row, keys, values, metadata, H, G, K, U, window, chunk, out, scratch, scratch_size,
          scale_bits) = v.unpack(operands, 15)
-        starts, lengths, tables, firsts, table_row, R = v.unpack(where, 6)
+        starts, lengths, tables, firsts, table_row, R = v.unpack(metadata, 6)
         scale = v.as_float(scale_bits)
         heads = H // G
         scratch += thread * scratch_size

@@ -105,7 +105,8 @@ def matmul(x_MK: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
 
 
 class Target(NamedTuple):
-    """A matrix, the address of a product with it, bytes of a row there, and of the bias or 0."""
+    """A matrix, the address of its product, bytes from one row of that to the next, and the address
+    of the bias or 0."""
 
     packed: Packed
     y: int
@@ -115,7 +116,7 @@ class Target(NamedTuple):
 
 def products(x: int, M: int, K: int, rows: int, targets: Sequence[Target]) -> list[Instruction]:
     """Products of activations at x, float32 [M, K], with some matrices; at `rows` is memory for
-    `product.row_bytes` of each token. The last waits for what it needs of those before."""
+    `product.row_bytes` of each token. Threads wait after the last product of each format."""
     made = []
     for number in dict.fromkeys(target.packed.format.number for target in targets):
         given = x

@@ -47,11 +47,11 @@ def normalise(operands: int, thread: int, threads: int) -> None:
 def rotate(operands: int, thread: int, threads: int) -> None:
     """Operands: q, k and v of each token side by side, bytes of a token's, tokens, their positions
     (int64), H, G, K, cosines and sines [positions, K / 2], pages of keys, pages of values, their
-    dtype, an `attention.Where`. RoPE of queries and keys in place; keys and values go into the
-    pages."""
+    dtype, the address of an `attention.Metadata`. RoPE of queries and keys in place; keys and
+    values go into the pages."""
     (x, row, M, positions, H, G, K, cosines, sines, key_pages, value_pages, dtype,
-     where) = v.unpack(operands, 13)
-    blocks, offsets = v.unpack(where + 48, 2)
+     metadata) = v.unpack(operands, 13)
+    blocks, offsets = v.unpack(metadata + 48, 2)
     size, half = 4 if dtype == 0 else 2, K * 2
     first, end, group, last = part(M, G, thread, threads)
     for t in range(first, end):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vicugna.engine.cpu import operations, packing, product
-from vicugna.engine.cpu.attention import DTYPES, Where, attend, bits, scratch_of
+from vicugna.engine.cpu.attention import DTYPES, Metadata, attend, bits, scratch_of
 from vicugna.engine.cpu.formats import ROWS
 from vicugna.engine.cpu.linear import Target, address, products
 from vicugna.engine.cpu.threads import Instruction, program, run
@@ -52,7 +52,7 @@ class Step:
     """`hidden_ND = step(tokens_N, positions_N, attend)`: as the decoder."""
 
     _given: np.ndarray  # tokens and positions
-    _where: np.ndarray  # of each kind of layers, the operands of a `Where`
+    _metadata: np.ndarray  # of each kind of layers, the operands of a `Metadata`
     _program: np.ndarray
     _counts: tuple[np.ndarray, ...]  # places in it that hold the number of tokens
     _tokens: int  # that number now
@@ -72,9 +72,9 @@ class Step:
             self._build(max(self._room, N), max(self._positions, last + 1, POSITIONS))
         self._given[0, :N], self._given[1, :N] = tokens_N, positions_N
         kept = []
-        for span, operands in zip(self._spans, self._where, strict=True):
+        for span, operands in zip(self._spans, self._metadata, strict=True):
             place = attend.places[span]
-            kept.append(Where(place.starts, place.lengths, place.tables, place.first,
+            kept.append(Metadata(place.starts, place.lengths, place.tables, place.first,
                               place.block_N, place.offset_N))
             operands[:] = kept[-1].operands
         if self._tokens != N:
@@ -92,7 +92,7 @@ class Step:
         D, F, H, G, K = (gate.in_features, gate.out_features, attention.H, attention.G,
                          attention.K)
         width = (H + 2 * G) * K
-        self._where = np.zeros((len(self._spans), 8), np.int64)
+        self._metadata = np.zeros((len(self._spans), 8), np.int64)
         x, second, h, self._out = (torch.empty(room, D) for _ in range(4))
         self._given = np.zeros((2, room), np.int64)
         cos, sin = (x[0, :, 0].contiguous() for x in self._decoder.rotation(
@@ -132,7 +132,7 @@ class Step:
             x.data_ptr())))
         for n, layer in enumerate(layers):
             q, k, v, o, gate, up, down = _matrices(layer)
-            where = address(self._where[self._spans.index(layer.self_attn.span)])
+            metadata = address(self._metadata[self._spans.index(layer.self_attn.span)])
             keys, values = self._pages.keys[n], self._pages.values[n]
             dtype, span = DTYPES[values.dtype], layer.self_attn.span
             normalise(x, added, second, layer.input_layernorm, self._out)
@@ -141,10 +141,10 @@ class Step:
                 Instruction(operations.rotate, (
                     qkv.data_ptr(), 4 * width, TOKENS, address(self._given[1]), H, G, K,
                     cos.data_ptr(), sin.data_ptr(), keys.data_ptr(), values.data_ptr(), dtype,
-                    where)),
+                    metadata)),
                 Instruction(attend(dtype, False), (
-                    qkv.data_ptr(), 4 * width, keys.data_ptr(), values.data_ptr(), where, H, G, K,
-                    K, span.window or 0, span.chunk or 0, heads.data_ptr(), address(scratch),
+                    qkv.data_ptr(), 4 * width, keys.data_ptr(), values.data_ptr(), metadata, H, G,
+                    K, K, span.window or 0, span.chunk or 0, heads.data_ptr(), address(scratch),
                     scratch.strides[0], bits(K**-0.5)))]
             multiply(heads, (o, h, 0))
             normalise(second, h, x, layer.post_attention_layernorm, self._out)
